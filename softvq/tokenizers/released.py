@@ -1,0 +1,118 @@
+"""The tokenizers released with the paper: their flat config and their tensor names, translated in this one table."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softvq.errors import InputError
+
+__all__ = ["convert", "is_released"]
+
+PREFIXES = {
+    "encoder.model.": "encoder.",
+    "decoder.model.": "decoder.",
+    "decoder.to_pixel.model.": "decoder.to_pixels.",
+    "quant_conv.": "to_latents.",
+    "post_quant_conv.": "from_latents.",
+    "quantize.embedding.weight": "quantizer.codebook",
+    "quantize.embedding": "quantizer.codebook",
+}
+LEFT_OUT = ("decoder.model.patch_embed.", "quantize.codebook_used", "repa_model.", "projection.")
+SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+
+
+def is_released(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config is the flat one of the released repositories."""
+    return "codebook_embed_dim" in config and "encoder_model" in config
+
+
+def convert(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Translate a released folder into ours.
+
+    The kind of tokenizer is told by its tensors: a codebook of three dimensions is SoftVQ, of two VQ; without one,
+    twice as many channels before the quantizer as after it are KL, as many a plain autoencoder. The decoder's unused
+    patch embedding, the usage counter, the alignment teacher and its projector are left out; nothing else is
+    forgiven.
+
+    Raises:
+        InputError: If a field of the config describes something this library does not build.
+    """
+    for field, expected in (("enc_type", "vit"), ("dec_type", "vit"), ("to_pixel", "linear"), ("use_rope", False)):
+        if config.get(field, expected) != expected:
+            raise InputError(f"{where}/config.json: {field} is {config[field]!r}, expected {expected!r}")
+    ours = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(LEFT_OUT):
+            prefix = next((old for old in sorted(PREFIXES, key=len, reverse=True) if name.startswith(old)), "")
+            ours[PREFIXES.get(prefix, "") + name[len(prefix) :]] = tensor
+    latent_dim = _field(config, "codebook_embed_dim", where)
+    quantizer, codebook = _quantizer(config, ours, latent_dim, where)
+    if codebook is not None:
+        ours["quantizer.codebook"] = codebook
+    mean, std = float(config.get("vq_mean") or 0.0), float(config.get("vq_std") or 1.0)
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise InputError(
+            f"{where}/config.json: vq_mean is {mean} and vq_std {std}, expected finite numbers, vq_std above 0"
+        )
+    ours["latent_mean"] = torch.full((latent_dim,), mean)
+    ours["latent_std"] = torch.full((latent_dim,), std)
+    return {
+        "image_size": _field(config, "image_size", where),
+        "patch_size": _field(config, "enc_patch_size", where, 16),
+        "num_latent_tokens": _field(config, "num_latent_tokens", where),
+        "latent_dim": latent_dim,
+        "encoder": _vit(config, "encoder_model", where),
+        "decoder": _vit(config, "decoder_model", where),
+        "quantizer": quantizer,
+    }, ours
+
+
+def _quantizer(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], latent_dim: int, where: str
+) -> tuple[dict[str, Any], Tensor | None]:
+    codebook = tensors.get("quantizer.codebook")
+    entropy_weight = float(config.get("entropy_loss_ratio", 0.0))
+    if codebook is None:
+        pre = tensors.get("to_latents.weight")
+        twice = pre is not None and len(pre) == 2 * latent_dim
+        return (
+            {"kind": "kl", "kl_weight": float(config.get("kl_loss_weight", 1e-6))} if twice else {"kind": "none"}
+        ), None
+    if not config.get("codebook_l2_norm", True):
+        raise InputError(
+            f"{where}/config.json: codebook_l2_norm is false, expected true, as in every released tokenizer"
+        )
+    size = _field(config, "codebook_size", where)
+    if codebook.ndim == 2:
+        weights = {
+            "codebook_weight": float(config.get("vq_loss_ratio", 1.0)),
+            "commitment_weight": float(config.get("commit_loss_beta", 0.25)),
+            "entropy_weight": entropy_weight,
+        }
+        return {"kind": "vq", "codebook_size": size, **weights}, codebook[None]
+    softness = {"temperature": float(config.get("tau", 0.07)), "entropy_weight": entropy_weight}
+    num_codebooks = _field(config, "num_codebooks", where, 1)
+    return {"kind": "softvq", "codebook_size": size, "num_codebooks": num_codebooks, **softness}, codebook
+
+
+def _vit(config: Mapping[str, Any], field: str, where: str) -> dict[str, Any]:
+    size = re.match(r"vit_(small|base|large)_patch", str(config.get(field)))
+    if size is None:
+        raise InputError(
+            f"{where}/config.json: {field} is {config.get(field)!r}, expected a small, base or large timm ViT"
+        )
+    width, depth, num_heads = SIZES[size[1]]
+    return {"width": width, "depth": depth, "num_heads": num_heads, "layer_scale_init": 1e-5}
+
+
+def _field(config: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
+    value = config.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputError(f"{where}/config.json: {name} is {value!r}, expected a whole number")
+    return value

@@ -1,0 +1,1 @@
+"""Arrays computed by the released code."""
