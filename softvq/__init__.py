@@ -17,7 +17,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softvq.data.images import load_image, save_image
+    from pathlib import Path
+
+    from jaxtyping import Float
+    from torch import Tensor
+
     from softvq.errors import InputError, Interrupted, RunError
     from softvq.tokenizers.autoencoder import ImageTokenizer, TokenizerConfig, TokenizerOutput
     from softvq.tokenizers.presets import PRESETS, preset
@@ -37,9 +41,7 @@ _HOMES = {
     "TokenizerConfig": "softvq.tokenizers.autoencoder",
     "TokenizerOutput": "softvq.tokenizers.autoencoder",
     "VQConfig": "softvq.tokenizers.quantizers",
-    "load_image": "softvq.data.images",
     "preset": "softvq.tokenizers.presets",
-    "save_image": "softvq.data.images",
 }
 
 __all__ = [
@@ -58,6 +60,46 @@ __all__ = [
     "preset",
     "save_image",
 ]
+
+
+def load_image(source: "Path | str | bytes", size: int | None = None) -> 'Float[Tensor, "3 height width"]':
+    """Read an image file as a tokenizer takes it.
+
+    Args:
+        source: A JPEG, PNG or WebP file, or the bytes of one.
+        size: Side in pixels of the square to scale to and cut from the middle; None keeps the whole image as it is.
+
+    Returns:
+        RGB in [-1, 1]; add the batch with `[None]`.
+
+    Raises:
+        InputError: If the image cannot be read.
+    """
+    from softvq.data.images import center_crop, read_image, to_tensor
+
+    image = read_image(source)
+    return to_tensor(image if size is None else center_crop(image, size))
+
+
+def save_image(image: 'Float[Tensor, "3 height width"]', path: "Path | str") -> None:
+    """Write an image to a JPEG, PNG or WebP file atomically.
+
+    Args:
+        image: RGB in [-1, 1]; what lies outside is clamped.
+        path: The file to make or replace; its suffix decides the format.
+
+    Raises:
+        InputError: If the suffix is none of those formats'.
+        RunError: If the file cannot be written; what was there before is untouched.
+    """
+    from softvq.data.images import SUFFIXES, to_image
+    from softvq.errors import InputError
+    from softvq.files import replacing
+
+    if not str(path).lower().endswith(SUFFIXES):
+        raise InputError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
+    with replacing(path) as temporary:
+        to_image(image).save(temporary)
 
 
 def __getattr__(name: str) -> Any:

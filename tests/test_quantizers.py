@@ -40,6 +40,7 @@ def test_latents_are_the_posterior_mean_of_each_tokens_own_codebook():
         posterior = torch.softmax(unit[:, token] @ own.T / 0.3, dim=-1)
         torch.testing.assert_close(quantizer.posterior(pre)[:, token], posterior)
         torch.testing.assert_close(quantizer.encode(pre)[:, token], posterior @ own)
+        torch.testing.assert_close(quantizer(pre)[0][:, token], posterior @ own)
 
 
 @given(seed=st.integers(0, 1000), num_codebooks=st.sampled_from([1, 2, 4, 8]))
@@ -84,7 +85,7 @@ def test_the_papers_posterior_is_of_euclidean_distances():
 @pytest.mark.parametrize("detach", [True, False])
 def test_gradient_of_the_codebook_passes_the_logits_only_if_asked(detach):
     quantizer, pre = soft(num_codebooks=1, detach_logits=detach, temperature=0.2), draw()
-    quantizer.encode(pre).square().sum().backward()
+    quantizer(pre)[0].square().sum().backward()
     codebook = quantizer.codebook.detach().clone().requires_grad_()
     codewords = F.normalize(codebook[0], dim=-1)
     logits = F.normalize(pre, dim=-1) @ (codewords.detach() if detach else codewords).T / 0.2
@@ -135,7 +136,7 @@ def test_entropy_per_codebook_differs_from_the_pooled_one():
     pooled, each = soft(num_codebooks=4), soft(num_codebooks=4, entropy_per_codebook=True)
     each.load_state_dict(pooled.state_dict())
     pre = draw()
-    logits = pooled._logits(pre, 0.01)
+    logits = pooled._similarities(pre)[0] / 0.01
     torch.testing.assert_close(
         each(pre)[1]["entropy"], 0.01 * torch.stack([entropy_loss(x[None]) for x in logits]).mean()
     )

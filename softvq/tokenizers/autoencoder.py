@@ -15,7 +15,7 @@ from softvq.config import from_dict, to_dict
 from softvq.errors import InputError
 from softvq.tokenizers import released
 from softvq.tokenizers.codebooks import check_groups
-from softvq.tokenizers.quantizers import QuantizerConfig, SoftVQConfig, build_quantizer
+from softvq.tokenizers.quantizers import QuantizerConfig, SoftVQConfig, VQConfig, build_quantizer
 from softvq.tokenizers.vit import ViTConfig, ViTDecoder, ViTEncoder, load_timm_weights
 
 __all__ = ["ImageTokenizer", "TokenizerConfig", "TokenizerOutput"]
@@ -99,6 +99,10 @@ class ImageTokenizer(nn.Module):
         )
         self.to_latents = nn.Linear(config.encoder.width, self.quantizer.input_dim)
         self.from_latents = nn.Linear(config.latent_dim, config.decoder.width)
+        if isinstance(config.quantizer, SoftVQConfig | VQConfig):
+            nn.init.normal_(
+                self.from_latents.weight
+            )  # unit vectors in, unit variance out, as the decoder's positions have
         self.decoder = ViTDecoder(config.decoder, **sizes)
         self.register_buffer("latent_mean", torch.zeros(config.latent_dim))
         self.register_buffer("latent_std", torch.ones(config.latent_dim))

@@ -41,7 +41,7 @@ def entropy_loss(logits: Float[Tensor, "group sample code"]) -> Float[Tensor, ""
         The released code adds 1e-6 inside the marginal's logarithm, and so do we; its other constant shifts all logits
         alike and has no effect.
     """
-    log_posterior = logits.log_softmax(dim=-1)
+    log_posterior = logits.log_softmax(dim=-1).clamp(min=-80)  # exponentials below are denormal, many times slower
     posterior = log_posterior.exp()
     marginal = posterior.mean(dim=1)
     token_entropy = -(posterior * log_posterior).sum(dim=-1).mean()

@@ -108,7 +108,7 @@ def _vit(config: Mapping[str, Any], field: str, where: str) -> dict[str, Any]:
             f"{where}/config.json: {field} is {config.get(field)!r}, expected a small, base or large timm ViT"
         )
     width, depth, num_heads = SIZES[size[1]]
-    return {"width": width, "depth": depth, "num_heads": num_heads, "layer_scale_init": 1e-5}
+    return {"width": width, "depth": depth, "num_heads": num_heads, "layer_scale_init": 1e-5, "position_init": "normal"}
 
 
 def _field(config: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:

@@ -65,8 +65,8 @@ class SoftVQ(nn.Module):
     Note:
         On the unit sphere cos(z, c) = 1 - |z - c|^2 / 2, so the released posterior is one of squared distances. With
         `cosine` the codewords are unit vectors, and the latents, their mixtures, lie inside the unit ball; they are not
-        normalised again. The whole step is attention from tokens to codewords, which a fused kernel computes without
-        ever holding the [tokens, K] posterior.
+        normalised again. The whole step is attention from tokens to codewords, which in use a fused kernel computes
+        without ever holding the [tokens, K] posterior.
     """
 
     def __init__(self, config: SoftVQConfig, *, num_latent_tokens: int, latent_dim: int) -> None:
@@ -79,56 +79,65 @@ class SoftVQ(nn.Module):
     def forward(
         self, latents_pre: Float[Tensor, "batch token dim"]
     ) -> tuple[Float[Tensor, "batch token dim"], dict[str, Tensor]]:
-        """Return the mixtures of codewords and, where it has weight, the entropy regulariser."""
-        latents = self.encode(latents_pre)
-        if self.config.entropy_weight == 0:
-            return latents, {}
-        return latents, {
-            "entropy": self.config.entropy_weight * checkpoint(self._entropy_loss, latents_pre, use_reentrant=False)
-        }
+        """Return the mixtures of codewords and, where it has weight, the entropy regulariser.
+
+        The posterior is computed again in the backward pass rather than kept until then.
+        """
+        latents, entropy = checkpoint(self._train, latents_pre, use_reentrant=False, preserve_rng_state=False)
+        return latents, {} if entropy is None else {"entropy": entropy}
 
     def encode(self, latents_pre: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch token dim"]:
         """Return the mixture of codewords of every token."""
         with float32(latents_pre):
+            if self.config.similarity == "euclidean":
+                return self._mixtures(*self._similarities(latents_pre), len(latents_pre))
             queries, codewords = self._vectors(latents_pre)
-            keys = codewords.detach() if self.config.detach_logits else codewords
-            if self.config.similarity == "cosine":
-                mixtures = F.scaled_dot_product_attention(
-                    queries[None], keys[None], codewords[None], scale=1 / self.config.temperature
-                )[0]
-            else:
-                mixtures = (-torch.cdist(queries, keys) / self.config.temperature).softmax(dim=-1) @ codewords
-            return ungroup(mixtures, len(latents_pre))
+            scale = 1 / self.config.temperature
+            mixtures = F.scaled_dot_product_attention(queries[None], codewords[None], codewords[None], scale=scale)
+            return ungroup(mixtures[0], len(latents_pre))
 
     def posterior(self, latents_pre: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch token code"]:
         """Return `q(c_k | z)` of every token over the codewords of its own codebook; rows sum to 1."""
         with float32(latents_pre):
-            return ungroup(self._logits(latents_pre, self.config.temperature).softmax(dim=-1), len(latents_pre))
+            return ungroup(self._grouped_posterior(latents_pre), len(latents_pre))
 
     def indices(self, latents_pre: Float[Tensor, "batch token dim"]) -> Int[Tensor, "batch token"]:
         """Return the likeliest codeword of every token, an index into its own codebook."""
-        with float32(latents_pre):
-            return ungroup(self._logits(latents_pre, 1.0).argmax(dim=-1, keepdim=True), len(latents_pre))[..., 0]
+        with torch.no_grad(), float32(latents_pre):
+            similarities, _ = self._similarities(latents_pre)
+            return ungroup(similarities.argmax(dim=-1, keepdim=True), len(latents_pre))[..., 0]
 
     def statistics(self, latents_pre: Float[Tensor, "batch token dim"]) -> dict[str, Tensor]:
         """Return usage, perplexity, posterior entropy and largest probability."""
         with torch.no_grad(), float32(latents_pre):
-            return codebook_statistics(self._logits(latents_pre, self.config.temperature).softmax(dim=-1))
+            return codebook_statistics(self._grouped_posterior(latents_pre))
+
+    def _train(self, latents_pre: Tensor) -> tuple[Tensor, Tensor | None]:
+        config = self.config
+        with float32(latents_pre):
+            similarities, codewords = self._similarities(latents_pre)
+            latents = self._mixtures(similarities, codewords, len(latents_pre))
+            if config.entropy_weight == 0:
+                return latents, None
+            logits = similarities / config.entropy_temperature
+            logits = logits if config.entropy_per_codebook else logits.flatten(0, 1)[None]
+            return latents, config.entropy_weight * entropy_loss(logits)
+
+    def _similarities(self, latents_pre: Tensor) -> tuple[Tensor, Tensor]:
+        """Return s(z, c_k), [codebook, sample, code], and the codewords."""
+        queries, codewords = self._vectors(latents_pre)
+        keys = codewords.detach() if self.config.detach_logits else codewords
+        return queries @ keys.mT if self.config.similarity == "cosine" else -torch.cdist(queries, keys), codewords
+
+    def _mixtures(self, similarities: Tensor, codewords: Tensor, batch: int) -> Tensor:
+        return ungroup((similarities / self.config.temperature).softmax(dim=-1) @ codewords, batch)
+
+    def _grouped_posterior(self, latents_pre: Tensor) -> Tensor:
+        similarities, _ = self._similarities(latents_pre)
+        return (similarities / self.config.temperature).softmax(dim=-1)
 
     def _vectors(self, latents_pre: Tensor) -> tuple[Tensor, Tensor]:
         queries, codewords = group(latents_pre.float(), self.config.num_codebooks), self.codebook.float()
         if self.config.similarity == "cosine":
             return F.normalize(queries, dim=-1), F.normalize(codewords, dim=-1)
         return queries, codewords
-
-    def _logits(self, latents_pre: Tensor, temperature: float) -> Tensor:
-        queries, codewords = self._vectors(latents_pre)
-        codewords = codewords.detach() if self.config.detach_logits else codewords
-        if self.config.similarity == "cosine":
-            return queries @ codewords.mT / temperature
-        return -torch.cdist(queries, codewords) / temperature
-
-    def _entropy_loss(self, latents_pre: Tensor) -> Tensor:
-        with float32(latents_pre):
-            logits = self._logits(latents_pre, self.config.entropy_temperature)
-            return entropy_loss(logits if self.config.entropy_per_codebook else logits.flatten(0, 1)[None])

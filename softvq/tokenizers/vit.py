@@ -5,10 +5,14 @@ for each patch and the L latents and paints the pixels.
 """
 
 import dataclasses
+import math
+from typing import Literal
+
 import timm
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
-from timm.layers import LayerNorm, PatchEmbed, resample_abs_pos_embed, trunc_normal_
+from timm.layers import LayerNorm, PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -31,6 +35,8 @@ class ViTConfig:
     """Hidden channels of each block's MLP, in units of `width`."""
     layer_scale_init: float = 1.0
     """Where LayerScale starts. The released code starts at 1e-5, which makes training from scratch slow to begin."""
+    position_init: Literal["sincos", "normal"] = "sincos"
+    """Where learned positions start: sines of the place in the picture, or the small noise of the released code."""
     pretrained: str | None = None
     """Name of the timm ViT whose pretrained weights training starts from; loading a saved tokenizer never reads it."""
 
@@ -42,6 +48,8 @@ class ViTConfig:
                 raise InputError(f"{name} is {value}, expected 1 to {most}")
         if self.width % self.num_heads:
             raise InputError(f"width is {self.width}, expected a multiple of num_heads ({self.num_heads})")
+        if self.position_init == "sincos" and self.width % 4:
+            raise InputError(f"width is {self.width}, expected a multiple of 4 for sincos positions")
         if not 0 < self.mlp_ratio <= 16:
             raise InputError(f"mlp_ratio is {self.mlp_ratio}, expected more than 0 and at most 16")
 
@@ -56,9 +64,8 @@ class ViTEncoder(nn.Module):
         self.num_latent_tokens = num_latent_tokens
         self.patch_embed = PatchEmbed(image_size, patch_size, embed_dim=config.width, strict_img_size=False)
         self.cls_token = _token(1, config.width)
-        self.pos_embed = _token(1 + self.grid[0] * self.grid[1], config.width)
+        self.pos_embed, self.latent_pos_embed = _position_tables(config, self.grid, num_latent_tokens)
         self.latent_tokens = _token(num_latent_tokens, config.width)
-        self.latent_pos_embed = _token(num_latent_tokens, config.width)
         self.blocks = _blocks(config)
         self.norm = LayerNorm(config.width, eps=1e-6)
 
@@ -82,8 +89,7 @@ class ViTDecoder(nn.Module):
         self.patch_size = patch_size
         self.cls_token = _token(1, config.width)
         self.mask_token = _token(1, config.width)
-        self.pos_embed = _token(1 + self.grid[0] * self.grid[1], config.width)
-        self.latent_pos_embed = _token(num_latent_tokens, config.width)
+        self.pos_embed, self.latent_pos_embed = _position_tables(config, self.grid, num_latent_tokens)
         self.blocks = _blocks(config)
         self.norm = LayerNorm(config.width, eps=1e-6)
         self.to_pixels = nn.Linear(config.width, 3 * patch_size**2)
@@ -144,6 +150,22 @@ def load_timm_weights(vit: ViTEncoder | ViTDecoder, name: str, *, pretrained: bo
 def _positions(table: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
     """Resample a position table, whose first entry belongs to the class token, to another grid of patches."""
     return table if wanted == grid else resample_abs_pos_embed(table, list(wanted), list(grid), num_prefix_tokens=1)
+
+
+def _position_tables(
+    config: ViTConfig, grid: tuple[int, int], num_latent_tokens: int
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return the learned positions of the class token and the patches, and of the latent tokens.
+
+    From sines, every latent token starts at the mean position of its run of patches, so that attention begins local
+    instead of having to find out first which token is to look where.
+    """
+    patches, latents = _token(1 + grid[0] * grid[1], config.width), _token(num_latent_tokens, config.width)
+    if config.position_init == "sincos":
+        sines = build_sincos2d_pos_embed(list(grid), config.width) * math.sqrt(2)  # to unit mean square
+        patches.data[0, 1:] = sines
+        latents.data[0] = F.adaptive_avg_pool1d(sines.mT, num_latent_tokens).mT
+    return patches, latents
 
 
 def _token(count: int, width: int) -> nn.Parameter:

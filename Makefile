@@ -1,0 +1,48 @@
+# Two commands for newcomers: `make demo` and `make test`. Each installs what it needs into .venv first.
+
+python3 ?= python3
+JOBS    ?= 0
+bin     := .venv/bin
+stamp   := .venv/.installed
+
+.PHONY: help install test lint demo bench clean
+
+help:
+	@echo "make demo      install, train a tiny tokenizer on bundled photographs, write a page of reconstructions"
+	@echo "make test      install, lint, run the tests (JOBS=2 runs them in two processes)"
+	@echo "make lint      ruff, pyrefly, pydoclint, import-linter, codespell, deptry"
+	@echo "make bench     run every benchmark in benchmarks/"
+	@echo "make install   make .venv and install softvq with everything that training and testing need"
+	@echo "make clean     remove caches and .venv; runs/ stays"
+
+install: $(stamp)
+
+$(stamp): pyproject.toml
+	@echo "== Making .venv with $(python3)"
+	@$(python3) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "softvq needs Python 3.11 or newer, this is %d.%d: try make python3=python3.12" % sys.version_info[:2])'
+	@$(python3) -m venv .venv
+	@echo "== Installing softvq and its dependencies into .venv (several minutes the first time)"
+	@$(bin)/python -m pip install --disable-pip-version-check --progress-bar off -e '.[train,dev]'
+	@touch $@
+
+lint: install
+	@echo "== ruff";          $(bin)/ruff check . && $(bin)/ruff format --check .
+	@echo "== pyrefly";       $(bin)/pyrefly check --python-interpreter-path $(bin)/python
+	@echo "== pydoclint";     $(bin)/pydoclint softvq
+	@echo "== import-linter"; $(bin)/lint-imports --no-cache
+	@echo "== codespell";     $(bin)/codespell
+	@echo "== deptry";        $(bin)/deptry .
+
+test: lint
+	@echo "== pytest"
+	@$(bin)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+demo: install
+	@$(bin)/softvq demo
+
+bench: install
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(bin)/python $$file; done
+
+clean:
+	rm -rf .venv .hypothesis .import_linter_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,237 @@
+"""The `softvq` program: it reads the command line, calls one function of `softvq.commands`, and ends with an exit code.
+
+Nothing heavy is imported here: `softvq --help` answers before torch would have been found.
+"""
+
+import argparse
+import contextlib
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from softvq import __version__
+from softvq.errors import InputError, Interrupted, RunError
+
+__all__ = ["main"]
+
+EPILOG = """\
+exit codes: 0 done, 2 bad input, 3 failed midway, 75 interrupted and resumable
+MODEL is a folder written by softvq, or a name on the Hugging Face hub such as SoftVQVAE/softvq-l-64
+"""
+Commands = argparse._SubParsersAction  # argparse gives this type no public name
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Args:
+        arguments: What follows `softvq` on the command line; None reads `sys.argv`.
+
+    Returns:
+        The exit code: 0 done, 1 a mistake of ours, 2 bad input, 3 failed midway, 75 interrupted but resumable,
+        130 stopped by the keyboard, 141 the reader of our output went away.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        choices = _read(given)
+        _command(choices.run)(choices)
+        _flush()
+        return 0
+    except SystemExit as ended:  # argparse after --help and --version
+        return ended.code if isinstance(ended.code, int) else 0
+    except BrokenPipeError:
+        _silence_stdout()
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        _say("stopped by the keyboard")
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if debug:
+            raise
+        code, sentence = _explain(error)
+        _say(sentence)
+        return code
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """Give the exit code and the sentence that belong to an error."""
+    if isinstance(error, InputError | RunError | Interrupted):
+        return error.exit_code, str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without its import
+        return RunError.exit_code, "out of memory; give a smaller --batch-size or --size, or another --device"
+    if isinstance(error, OSError):
+        name = f"{error.filename}: " if error.filename else ""
+        return RunError.exit_code, f"{name}{error.strerror or error}"
+    return 1, (
+        f"{type(error).__name__}: {error} - this is a mistake in softvq, please report it; "
+        "run the same command with --debug added to see where it happened"
+    )
+
+
+def _say(sentence: str) -> None:
+    text = "".join(char if char.isprintable() else " " for char in sentence)  # a file's name may hold anything
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"softvq: {' '.join(text.split())}\n")
+        sys.stderr.flush()
+
+
+def _flush() -> None:
+    """Write out what was printed while an error can still be told."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _silence_stdout()
+        raise
+
+
+def _silence_stdout() -> None:
+    """Point stdout at nothing, so that Python's own flush at exit does not fail a second time."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], None]:
+    module, function = name.split(":")
+    return getattr(importlib.import_module(f"softvq.commands.{module}"), function)
+
+
+def _read(given: list[str]) -> argparse.Namespace:
+    """Parse the command line; KEY=VALUE overrides may stand anywhere, which argparse alone does not allow."""
+    parser = _parser()
+    choices, rest = parser.parse_known_args(given)
+    for text in rest:
+        if text.startswith("-") or not hasattr(choices, "overrides"):
+            parser.error(f"{text!r} is no argument of this command")
+        choices.overrides.append(text)
+    return choices
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one sentence like everything else here, and never guesses what an abbreviation meant."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="softvq",
+        description="Turn images into a few continuous tokens and back.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"softvq {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
+    _add_images(commands)
+    _add_train(commands)
+    _add_model(commands)
+    _add_others(commands)
+    return parser
+
+
+def _add_images(commands: Commands) -> None:
+    encode = _add(commands, "encode", "images:encode", "turn a photograph or a folder of them into a latent file")
+    _model(encode)
+    _photos(encode)
+    encode.add_argument("out", metavar="OUT", help="the latent file to write, NAME.safetensors")
+    encode.add_argument(
+        "--dtype", choices=("float16", "float32"), default="float16", help="how latents are stored (default: float16)"
+    )
+    decode = _add(commands, "decode", "images:decode", "turn a latent file back into PNG files")
+    _model(decode)
+    decode.add_argument("latents", metavar="LATENTS", help="a file written by softvq encode with the same MODEL")
+    decode.add_argument("out", metavar="OUT_DIR", help="the folder to write PNG files into")
+    reconstruct = _add(
+        commands,
+        "reconstruct",
+        "images:reconstruct",
+        "encode and decode photographs; pictures, PSNR, SSIM",
+    )
+    _model(reconstruct)
+    _photos(reconstruct)
+    reconstruct.add_argument("out", metavar="OUT", help="the folder to write pictures and metrics.json into")
+    for command in (encode, decode, reconstruct):
+        _machine(command)
+        command.add_argument("--overwrite", action="store_true", help="replace what is already at OUT")
+
+
+def _add_train(commands: Commands) -> None:
+    train = commands.add_parser("train", help="train a model", description="Train a model.")
+    kinds = train.add_subparsers(title="models", metavar="KIND", required=True, dest="kind")
+    tokenizer = _add(kinds, "tokenizer", "train:train_tokenizer", "train an image tokenizer on a folder of photographs")
+    tokenizer.add_argument("--config", required=True, metavar="FILE", help="the recipe, a YAML file")
+    tokenizer.add_argument("--data", metavar="DIR", help="the folder of photographs (default: data.path of the recipe)")
+    tokenizer.add_argument("--run", metavar="DIR", dest="run_dir", help="where to write (default: runs/NAME of recipe)")
+    tokenizer.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint of --run")
+    tokenizer.add_argument("--dry-run", action="store_true", help="print the resolved recipe and sizes, train nothing")
+    tokenizer.add_argument("--device", metavar="NAME", help="auto, cpu or cuda (default: as the recipe says)")
+    tokenizer.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="fields of the recipe, e.g. seed=1")
+
+
+def _add_model(commands: Commands) -> None:
+    inspect = _add(commands, "inspect", "inspect:inspect", "show a model: parameters, tokens, FLOPs, latent statistics")
+    _model(inspect)
+    inspect.add_argument("--json", action="store_true", help="print JSON for programs instead of tables")
+    stats = _add(commands, "fit-stats", "stats:fit_stats", "fit what normalises latents on photographs, save it")
+    _model(stats)
+    _photos(stats, name="DATA")
+    stats.add_argument("--per-channel", action="store_true", help="one mean and deviation per channel, not one for all")
+    stats.add_argument("--out", metavar="DIR", help="save the model here (default: the folder MODEL itself)")
+    _machine(stats)
+
+
+def _add_others(commands: Commands) -> None:
+    _add(commands, "doctor", "doctor:doctor", "show what is installed, which devices there are, and what will be slow")
+    demo = _add(commands, "demo", "demo:demo", "train a tiny tokenizer on bundled photographs and show what it learned")
+    demo.add_argument("--out", default="softvq-demo", metavar="DIR", help="where to write (default: softvq-demo)")
+    demo.add_argument(
+        "--steps",
+        type=_positive,
+        metavar="N",
+        help="train so many steps instead of the recipe's, which take about two minutes",
+    )
+    demo.add_argument("--seed", type=int, default=0, help="what all randomness derives from (default: 0)")
+    demo.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    _add(commands, "version", "version:version", "print the version")
+
+
+def _add(commands: Commands, name: str, run: str, sentence: str) -> argparse.ArgumentParser:
+    description = f"{sentence[0].upper()}{sentence[1:]}."
+    command = commands.add_parser(name, help=sentence, description=description)
+    command.set_defaults(run=run)
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return command
+
+
+def _model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="a model folder, or a name on the Hugging Face hub")
+
+
+def _photos(command: argparse.ArgumentParser, name: str = "PHOTO|DIR") -> None:
+    command.add_argument("photos", metavar=name, help="a photograph, or a folder searched for them (JPEG, PNG, WebP)")
+    command.add_argument(
+        "--size",
+        metavar="native|N|HxW",
+        help="scale and centre-crop to this size, or keep each photograph's own (default: the model's image size)",
+    )
+
+
+def _machine(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    command.add_argument(
+        "--precision", choices=("float32", "bf16"), default="float32", help="of the networks (default: float32)"
+    )
+    command.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="images at once (default: 16)")
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)

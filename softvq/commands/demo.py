@@ -1,0 +1,101 @@
+"""Two minutes from nothing to a page of photographs: `softvq demo`."""
+
+import argparse
+import csv
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+import softvq
+from softvq.commands.common import Photos, check_output, messages, results, round_trip
+from softvq.commands.train import read_recipe
+from softvq.errors import InputError, Interrupted
+from softvq.evaluation.page import Reconstruction, measure, reconstruction_page
+from softvq.evaluation.pictures import side_by_side
+from softvq.files import replacing, write_text
+from softvq.tokenizers.autoencoder import ImageTokenizer
+from softvq.training.tokenizer_run import train_tokenizer
+
+__all__ = ["demo"]
+
+ASSETS = Path(softvq.__file__).parent / "assets"
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    """Train a tiny tokenizer on bundled photographs, reconstruct others, write a picture and a page."""
+    out = Path(arguments.out)
+    started = time.perf_counter()
+    check_output(out, overwrite=True)  # another demo may be replaced
+    console = messages()
+    changes = {"data.path": str(_photos("train")), "train.device": arguments.device, "seed": arguments.seed}
+    recipe = read_recipe(ASSETS / "demo.yaml", [], changes)
+    steps = arguments.steps or recipe.train.steps
+    train = dataclasses.replace(recipe.train, steps=steps, save_every=steps, keep=1)
+    console.print(f"training {steps} steps of {train.batch_size} photographs", soft_wrap=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix="softvq-demo-") as folder:
+            run = train_tokenizer(dataclasses.replace(recipe, train=train), Path(folder, "run"), console=console)
+            tokenizer = ImageTokenizer.from_pretrained(run)
+    except Interrupted as error:  # what was saved is gone with the temporary folder
+        raise KeyboardInterrupt from error
+    tokenizer.save_pretrained(out / "tokenizer")
+    items = _reconstruct(tokenizer, console)
+    facts = {
+        "Model": f"{tokenizer.config.quantizer.kind}, {sum(p.numel() for p in tokenizer.parameters()):,} parameters",
+        "Training": f"{steps} steps of {train.batch_size} photographs, {time.perf_counter() - started:.0f} s",
+        "Command": f"softvq demo --steps {steps} --seed {arguments.seed} --device {arguments.device}",
+        "Versions": f"softvq {softvq.__version__}, torch {torch.__version__}",
+    }
+    _write(items, facts, out)
+
+
+@torch.inference_mode()
+def _reconstruct(tokenizer: ImageTokenizer, console: Console) -> list[Reconstruction]:
+    config = tokenizer.config
+    size = config.image_size, config.image_size
+    photos = list(Photos(source=_photos("val"), size=size, patch_size=config.patch_size, console=console))
+    images = torch.stack([photo.image for photo in photos])
+    copies = round_trip(tokenizer, images, "float32")
+    names = [photo.name for photo in photos]
+    credits = _credits()
+    lines = [credits.get(f"val/{name}", "") for name in names]
+    return measure(images, copies, names, config.num_latent_tokens, config.latent_dim, lines)
+
+
+def _write(items: Sequence[Reconstruction], facts: dict[str, str], out: Path) -> None:
+    captions = [f"{item.name} · {item.psnr:.1f} dB" for item in items]
+    picture = side_by_side([item.original for item in items], [item.reconstruction for item in items], captions)
+    with replacing(out / "demo.png") as temporary:
+        picture.save(temporary)
+    write_text(out / "demo.html", reconstruction_page("What softvq learned", items, facts))
+    mean = statistics.fmean(item.psnr for item in items)
+    baseline = statistics.fmean(item.mean_colour_psnr for item in items)
+    console = results()
+    console.print(f"{len(items)} held-out photographs, {items[0].num_latent_tokens} tokens each:")
+    console.print(f"  mean PSNR               {mean:6.2f} dB")
+    console.print(f"  of their mean colours   {baseline:6.2f} dB")
+    console.print(f"  gain                    {mean - baseline:+6.2f} dB")
+    for name in ("demo.html", "demo.png", "tokenizer"):
+        console.print(str((out / name).resolve()), soft_wrap=True)
+
+
+def _credits() -> dict[str, str]:
+    """Return author and licence of every bundled photograph by its path."""
+    manifest = ASSETS / "photos/manifest.csv"
+    if not manifest.is_file():
+        return {}
+    with manifest.open(newline="", encoding="utf-8") as file:
+        return {row["file"]: f"{row['author']}, {row['licence']}" for row in csv.DictReader(file)}
+
+
+def _photos(part: str) -> Path:
+    folder = ASSETS / "photos" / part
+    if not folder.is_dir():
+        raise InputError(f"{folder}: the bundled photographs are missing; install softvq again")
+    return folder

@@ -1,0 +1,112 @@
+"""What is inside a model: `softvq inspect`."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Column, Table
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from softvq.commands.common import load_tokenizer, results
+from softvq.config import to_dict
+from softvq.evaluation.metrics import compression_ratio
+from softvq.files import sha256
+from softvq.tokenizers.autoencoder import ImageTokenizer
+
+__all__ = ["describe", "inspect", "parameter_counts"]
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """Print what is inside a model, as tables or as JSON."""
+    tokenizer = load_tokenizer(arguments.model, torch.device("cpu"))
+    report = {"model": arguments.model, **describe(tokenizer), "files": _files(Path(arguments.model))}
+    if arguments.json:
+        results().print(json.dumps(report, indent=2), soft_wrap=True)
+        return
+    for title, content in report.items():
+        if isinstance(content, dict):
+            table = Table("", Column(overflow="fold"), title=title, title_justify="left", show_header=False)
+            for name, value in content.items():
+                table.add_row(name, _text(value))
+            results().print(table)
+        else:
+            results().print(f"{title}: {content}", soft_wrap=True)
+
+
+def describe(tokenizer: ImageTokenizer) -> dict[str, Any]:
+    """Return the facts about a tokenizer as plain data.
+
+    FLOPs count a multiplication and an addition as two, for one image of the model's own size.
+    """
+    config = tokenizer.config
+    size = config.image_size
+    mean, std = tokenizer.latent_mean, tokenizer.latent_std
+    return {
+        "fingerprint": tokenizer.fingerprint(),
+        "parameters": parameter_counts(tokenizer),
+        "latents": {
+            "image_size": size,
+            "patch_size": config.patch_size,
+            "num_latent_tokens": config.num_latent_tokens,
+            "latent_dim": config.latent_dim,
+            "compression_ratio": compression_ratio(size, size, config.num_latent_tokens, config.latent_dim),
+        },
+        "latent_statistics": {
+            "fitted": bool((mean != 0).any() or (std != 1).any()),
+            "per_channel": bool((mean != mean[0]).any() or (std != std[0]).any()),
+            "mean": [mean.min().item(), mean.max().item()],
+            "std": [std.min().item(), std.max().item()],
+        },
+        "quantizer": to_dict(config.quantizer),
+        "flops": _flops(tokenizer),
+    }
+
+
+def parameter_counts(tokenizer: ImageTokenizer) -> dict[str, int]:
+    """Return how many numbers are learned in each part; every parameter is counted once."""
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in tokenizer.named_children()}
+    return {**counts, "total": sum(p.numel() for p in tokenizer.parameters())}
+
+
+def _flops(tokenizer: ImageTokenizer) -> dict[str, int]:
+    config = tokenizer.config
+    images = (1, 3, config.image_size, config.image_size)
+    latents = (1, config.num_latent_tokens, config.latent_dim)
+    return {"encode": _count(tokenizer.encode, images), "decode": _count(tokenizer.decode, latents)}
+
+
+def _count(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> int:
+    """Count with tensors that have a shape but no numbers, so that a large model takes no longer than a small one."""
+    counter = FlopCounterMode(display=False)
+    with (
+        torch.inference_mode(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        sdpa_kernel(SDPBackend.MATH),  # the others are not counted on every machine
+        counter,
+    ):
+        function(torch.zeros(shape))
+    return counter.get_total_flops()
+
+
+def _files(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        return {}
+    return {name: sha256(folder / name) for name in ("config.json", "model.safetensors")}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return " to ".join(dict.fromkeys(_text(item) for item in value))
+    return str(value)

@@ -1,0 +1,141 @@
+"""Ranks, what they agree on, and the signals that stop them; everything works in a single process without any setup."""
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Mapping
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+from softvq.errors import InputError
+
+__all__ = ["StopSignals", "any_rank", "choose_device", "is_main", "join", "leave", "max_over_ranks", "rank"]
+__all__ += ["reduce_mean", "wait_for_all", "world_size"]
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of this process.
+
+    Args:
+        name: A torch device such as `cpu` or `cuda:1`, or `auto`: CUDA where there is one, the CPU elsewhere.
+
+    Returns:
+        The device; of `cuda`, the one that belongs to this process under `torchrun`.
+
+    Raises:
+        InputError: If torch does not know the device, or this machine lacks it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InputError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise InputError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here")
+        device = torch.device("cuda", index)
+    return device
+
+
+def join(device: torch.device) -> None:
+    """Meet the other ranks if `torchrun` started this process; do nothing otherwise."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # gloo carries what the host decides (signals, barriers), so that nothing of it waits for the GPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def leave() -> None:
+    """Part from the other ranks, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Return whether this process is the one that writes files and talks to people."""
+    return rank() == 0
+
+
+def wait_for_all() -> None:
+    """Return when every rank has come here."""
+    any_rank(False)
+
+
+def any_rank(flag: bool) -> bool:
+    """Return whether `flag` is true on any rank."""
+    if world_size() == 1:
+        return flag
+    number = torch.tensor(float(flag))
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return bool(number)
+
+
+def max_over_ranks(value: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Return the largest value of any rank, on the device, without a host sync."""
+    if world_size() > 1:
+        value = value.clone()
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value
+
+
+def reduce_mean(report: Mapping[str, Tensor]) -> dict[str, float]:
+    """Average scalars over the ranks and bring them to the host, in one transfer.
+
+    Args:
+        report: Scalars on one device, the same names on every rank.
+
+    Returns:
+        Python floats that hold the float32 values exactly.
+    """
+    if not report:
+        return {}
+    values = torch.stack([value.detach().float() for value in report.values()])
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return dict(zip(report, values.tolist(), strict=True))
+
+
+class StopSignals:
+    """Within it, the first SIGINT or SIGTERM only sets `name`; the second ends the process at once."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.name is not None:
+            os._exit(128 + number)
+        self.name = signal.Signals(number).name
