@@ -92,6 +92,11 @@ def load_folder(
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Give a model, usually on the meta device, the tensors of a folder: every name, every shape, every value finite.
 
+    Args:
+        model: Gets the tensors themselves, not copies.
+        tensors: By the names of the model's state dict.
+        where: What to call the folder in errors.
+
     Raises:
         InputError: Naming the first tensors that are missing, unexpected, mis-shaped or not finite.
     """
@@ -116,6 +121,15 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -
 
 def push(save: Callable[[Path], None], repo_id: str, *, private: bool, token: str | None) -> str:
     """Save a model into a temporary folder and upload it; return the repository's address.
+
+    Args:
+        save: Writes the model into the folder it is given.
+        repo_id: `owner/name`; made if there is no such repository.
+        private: Whether a new repository is private.
+        token: Of the hub; None takes the one that is logged in.
+
+    Returns:
+        The repository's address.
 
     Raises:
         InputError: If `repo_id` is not `owner/name`.

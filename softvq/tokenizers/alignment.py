@@ -32,6 +32,9 @@ def alignment_loss(
         projected: Latents through the projector.
         features: The teacher's patch features, a multiple of the tokens in number; no gradient flows to them.
 
+    Returns:
+        A scalar in [-1, 1].
+
     Raises:
         InputError: If the patches are no multiple of the tokens.
     """

@@ -119,6 +119,9 @@ class ImageTokenizer(nn.Module):
         Args:
             images: RGB in [-1, 1]; height and width divisible by the patch.
 
+        Returns:
+            One row of `latent_dim` numbers for each latent token.
+
         Raises:
             InputError: If the height or width is not divisible by the patch.
         """
@@ -132,6 +135,9 @@ class ImageTokenizer(nn.Module):
         Args:
             latents: As `encode` gives them.
             size: Height and width in pixels, divisible by the patch; the config's `image_size` squared by default.
+
+        Returns:
+            RGB around [-1, 1].
 
         Raises:
             InputError: If the latents are not of this tokenizer's shape, or the size is not divisible by the patch.
@@ -209,6 +215,9 @@ class ImageTokenizer(nn.Module):
     def save_pretrained(self, folder: Path | str) -> None:
         """Write `config.json`, `model.safetensors` and a model card into `folder`.
 
+        Args:
+            folder: Made if need be; files in it of these names are replaced.
+
         Raises:
             RunError: If the files cannot be written; what was there before is untouched.
         """
@@ -226,6 +235,9 @@ class ImageTokenizer(nn.Module):
         Args:
             name_or_folder: A folder written by `save_pretrained`, or a repository such as `SoftVQVAE/softvq-l-64`.
             revision: Branch, tag or commit of the repository.
+
+        Returns:
+            The tokenizer.
 
         Raises:
             InputError: If it cannot be found, or a tensor is missing, unexpected, of another shape, or not finite.

@@ -37,6 +37,9 @@ def entropy_loss(logits: Float[Tensor, "group sample code"]) -> Float[Tensor, ""
     Args:
         logits: Already divided by the temperature. What shares a marginal shares a group.
 
+    Returns:
+        A scalar in nats.
+
     Note:
         The released code adds 1e-6 inside the marginal's logarithm, and so do we; its other constant shifts all logits
         alike and has no effect.

@@ -32,6 +32,9 @@ def preset(name: str, *, image_size: int = 256) -> TokenizerConfig:
         name: `softvq-SIZE-TOKENS`. S, B, BL and L are the paper's: tokens x channels = 2048, four codebooks of 8192.
         image_size: Side in pixels, a multiple of 16 (of 8 for tiny); the paper has 256 and 512.
 
+    Returns:
+        The config, to build or to change with `dataclasses.replace`.
+
     Raises:
         InputError: If there is no such preset.
     """

@@ -40,6 +40,14 @@ def convert(
     patch embedding, the usage counter, the alignment teacher and its projector are left out; nothing else is
     forgiven.
 
+    Args:
+        config: As its `config.json` holds it.
+        tensors: By the released names.
+        where: What to call the folder in errors.
+
+    Returns:
+        Config and tensors as `ImageTokenizer` takes them.
+
     Raises:
         InputError: If a field of the config describes something this library does not build.
     """
@@ -108,7 +116,7 @@ def _vit(config: Mapping[str, Any], field: str, where: str) -> dict[str, Any]:
             f"{where}/config.json: {field} is {config.get(field)!r}, expected a small, base or large timm ViT"
         )
     width, depth, num_heads = SIZES[size[1]]
-    return {"width": width, "depth": depth, "num_heads": num_heads, "layer_scale_init": 1e-5, "position_init": "normal"}
+    return {"width": width, "depth": depth, "num_heads": num_heads, "layer_scale_init": 1e-5, "init": "released"}
 
 
 def _field(config: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:

@@ -35,8 +35,9 @@ class ViTConfig:
     """Hidden channels of each block's MLP, in units of `width`."""
     layer_scale_init: float = 1.0
     """Where LayerScale starts. The released code starts at 1e-5, which makes training from scratch slow to begin."""
-    position_init: Literal["sincos", "normal"] = "sincos"
-    """Where learned positions start: sines of the place in the picture, or the small noise of the released code."""
+    init: Literal["local", "released"] = "local"
+    """How training from scratch starts: `local` lets every token attend to its neighbours at first, see `_start_local`;
+    `released` is noise, as in the released code."""
     pretrained: str | None = None
     """Name of the timm ViT whose pretrained weights training starts from; loading a saved tokenizer never reads it."""
 
@@ -48,8 +49,8 @@ class ViTConfig:
                 raise InputError(f"{name} is {value}, expected 1 to {most}")
         if self.width % self.num_heads:
             raise InputError(f"width is {self.width}, expected a multiple of num_heads ({self.num_heads})")
-        if self.position_init == "sincos" and self.width % 4:
-            raise InputError(f"width is {self.width}, expected a multiple of 4 for sincos positions")
+        if self.init == "local" and self.width % 4:
+            raise InputError(f"width is {self.width}, expected a multiple of 4 for the local init")
         if not 0 < self.mlp_ratio <= 16:
             raise InputError(f"mlp_ratio is {self.mlp_ratio}, expected more than 0 and at most 16")
 
@@ -64,10 +65,13 @@ class ViTEncoder(nn.Module):
         self.num_latent_tokens = num_latent_tokens
         self.patch_embed = PatchEmbed(image_size, patch_size, embed_dim=config.width, strict_img_size=False)
         self.cls_token = _token(1, config.width)
-        self.pos_embed, self.latent_pos_embed = _position_tables(config, self.grid, num_latent_tokens)
+        self.pos_embed = _token(1 + self.grid[0] * self.grid[1], config.width)
+        self.latent_pos_embed = _token(num_latent_tokens, config.width)
         self.latent_tokens = _token(num_latent_tokens, config.width)
         self.blocks = _blocks(config)
         self.norm = LayerNorm(config.width, eps=1e-6)
+        if config.init == "local":
+            _start_local(self)
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch token channel"]:
         """Encode images of any height and width divisible by the patch into the same number of tokens."""
@@ -89,10 +93,13 @@ class ViTDecoder(nn.Module):
         self.patch_size = patch_size
         self.cls_token = _token(1, config.width)
         self.mask_token = _token(1, config.width)
-        self.pos_embed, self.latent_pos_embed = _position_tables(config, self.grid, num_latent_tokens)
+        self.pos_embed = _token(1 + self.grid[0] * self.grid[1], config.width)
+        self.latent_pos_embed = _token(num_latent_tokens, config.width)
         self.blocks = _blocks(config)
         self.norm = LayerNorm(config.width, eps=1e-6)
         self.to_pixels = nn.Linear(config.width, 3 * patch_size**2)
+        if config.init == "local":
+            _start_local(self)
 
     def forward(
         self, latent_tokens: Float[Tensor, "batch token channel"], size: tuple[int, int]
@@ -152,20 +159,24 @@ def _positions(table: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) ->
     return table if wanted == grid else resample_abs_pos_embed(table, list(wanted), list(grid), num_prefix_tokens=1)
 
 
-def _position_tables(
-    config: ViTConfig, grid: tuple[int, int], num_latent_tokens: int
-) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return the learned positions of the class token and the patches, and of the latent tokens.
+@torch.no_grad()
+def _start_local(vit: ViTEncoder | ViTDecoder) -> None:
+    """Start attention among neighbours, so that no token has to find out first where to look.
 
-    From sines, every latent token starts at the mean position of its run of patches, so that attention begins local
-    instead of having to find out first which token is to look where.
+    Positions start as sines of the place in the picture, those of a latent token at the mean of its run of patches; and
+    the keys' weights start as the queries', which makes every attention logit a similarity of its two tokens, as it is
+    in trained transformers (arXiv:2305.09828).
     """
-    patches, latents = _token(1 + grid[0] * grid[1], config.width), _token(num_latent_tokens, config.width)
-    if config.position_init == "sincos":
-        sines = build_sincos2d_pos_embed(list(grid), config.width) * math.sqrt(2)  # to unit mean square
-        patches.data[0, 1:] = sines
-        latents.data[0] = F.adaptive_avg_pool1d(sines.mT, num_latent_tokens).mT
-    return patches, latents
+    width = vit.pos_embed.shape[-1]
+    sines = build_sincos2d_pos_embed(list(vit.grid), width) * math.sqrt(2)  # to unit mean square
+    vit.pos_embed[0, 1:] = sines
+    vit.latent_pos_embed[0] = F.adaptive_avg_pool1d(sines.mT, vit.latent_pos_embed.shape[1]).mT
+    for name, weight in vit.named_parameters():
+        if not name.endswith("attn.qkv.weight"):
+            continue
+        queries, keys, _ = weight.chunk(3)
+        nn.init.normal_(queries, std=width**-0.5)
+        keys.copy_(queries)
 
 
 def _token(count: int, width: int) -> nn.Parameter:
