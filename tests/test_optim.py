@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -230,3 +231,64 @@ def test_tensors_of_another_model_are_refused_before_any_is_copied() -> None:
 def test_config_refuses(field: str, value: object) -> None:
     with pytest.raises(InputError, match=f"{field} is .*expected"):
         OptimConfig(**{field: value})
+
+
+class Blocks(nn.Module):
+    """A hidden matrix, which Muon moves, among what AdamW moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.blocks = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+
+
+def blocks_with_gradients(seed: int) -> Blocks:
+    torch.manual_seed(seed)
+    module = Blocks()
+    for parameter in module.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    return module
+
+
+def test_muon_moves_hidden_matrices_along_orthogonal_directions_and_nothing_else() -> None:
+    module, twin = blocks_with_gradients(0), blocks_with_gradients(0)
+    before = module.blocks[0].weight.detach().clone()
+    config = OptimConfig(kind="muon", lr=0.1, weight_decay=0.0, schedule="constant", grad_clip=None)
+    Optimizer(module, config, 10).update(0, NO_SKIP)
+    Optimizer(twin, dataclasses.replace(config, kind="adamw"), 10).update(0, NO_SKIP)
+    scale = 0.1 * 0.2 * math.sqrt(8)  # lr x AdamW's usual root mean square x sqrt of the longer side
+    singular = torch.linalg.svdvals((module.blocks[0].weight - before) / scale)
+    assert singular.max() < 1.35
+    assert singular.median() > 0.6
+    moved_alike = {name: bool(torch.equal(p, twin.get_parameter(name))) for name, p in module.named_parameters()}
+    assert [name for name, alike in moved_alike.items() if not alike] == ["blocks.0.weight"]
+
+
+def test_a_skipped_update_by_muon_changes_nothing_even_if_the_gradient_is_not_finite() -> None:
+    module = blocks_with_gradients(0)
+    optimizer = Optimizer(module, OptimConfig(kind="muon", lr=0.1), 10)
+    optimizer.update(0, NO_SKIP)
+    weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+    state = {name: value.clone() for name, value in optimizer.state().items()}
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    optimizer.update(1, SKIP)
+    assert all(torch.equal(p, weights[name]) for name, p in module.named_parameters())
+    assert all(torch.equal(value, state[name]) for name, value in optimizer.state().items())
+
+
+def test_muon_resumes_from_its_state_bit_for_bit() -> None:
+    config = OptimConfig(kind="muon", lr=0.1)
+    straight = blocks_with_gradients(0)
+    first = Optimizer(straight, config, 10)
+    first.update(0, NO_SKIP)
+    resumed = Blocks()
+    resumed.load_state_dict(straight.state_dict())
+    second = Optimizer(resumed, config, 10)
+    second.load_state({name: value.clone() for name, value in first.state().items()})
+    for module, optimizer in ((straight, first), (resumed, second)):
+        torch.manual_seed(1)
+        for parameter in module.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.update(1, NO_SKIP)
+    assert all(torch.equal(p, resumed.get_parameter(name)) for name, p in straight.named_parameters())

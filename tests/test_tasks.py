@@ -111,7 +111,7 @@ def test_the_real_tokenizer_learns_a_batch_by_heart() -> None:
     optimizer = torch.optim.AdamW(task.parameters(), lr=1e-3)
     one = batch(2, 16)
     losses = []
-    for step in range(30):
+    for step in range(60):
         loss, report = task(one, step)
         loss.backward()
         optimizer.step()

@@ -309,3 +309,26 @@ def test_an_unknown_timm_model_is_refused():
     encoder = ViTEncoder(VIT, image_size=64, patch_size=16, num_latent_tokens=4)
     with pytest.raises(InputError, match="no_such_vit"):
         load_timm_weights(encoder, "no_such_vit", pretrained=False)
+
+
+def test_the_local_start_makes_tokens_attend_to_their_neighbours():
+    torch.manual_seed(0)
+    wide = dataclasses.replace(VIT, width=96, num_heads=2)
+    encoder = ViTEncoder(wide, image_size=128, patch_size=16, num_latent_tokens=16)
+    block = encoder.blocks[0]
+    tokens = block.norm1(torch.cat([encoder.pos_embed[:, 1:], encoder.latent_pos_embed], dim=1))
+    queries, keys, _ = block.attn.qkv(tokens).reshape(1, 80, 3, 2, 48).unbind(2)
+    attention = torch.einsum("bqhd,bkhd->bhqk", queries, keys).div(48**0.5).softmax(dim=-1).mean(dim=1)[0, 64:, :64]
+    places = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0))
+    own = places.reshape(16, 4, 2).mean(dim=1)  # a latent token starts in the middle of its run of four patches
+    distance = torch.cdist(own, places)
+    attended = (attention / attention.sum(dim=-1, keepdim=True) * distance).sum(dim=-1)
+    assert attended.mean() < 0.7 * distance.mean()
+
+
+def test_the_released_start_is_small_noise():
+    torch.manual_seed(0)
+    encoder = ViTEncoder(dataclasses.replace(VIT, init="released"), image_size=64, patch_size=16, num_latent_tokens=4)
+    assert encoder.pos_embed.detach().std() == pytest.approx(0.02, rel=0.15)
+    queries, keys, _ = encoder.blocks[0].attn.qkv.weight.chunk(3)
+    assert not torch.equal(queries, keys)

@@ -20,6 +20,7 @@ from softvq.evaluation.page import Reconstruction, measure, reconstruction_page
 from softvq.evaluation.pictures import side_by_side
 from softvq.files import replacing, write_text
 from softvq.tokenizers.autoencoder import ImageTokenizer
+from softvq.training.distributed import choose_device
 from softvq.training.tokenizer_run import train_tokenizer
 
 __all__ = ["demo"]
@@ -33,7 +34,8 @@ def demo(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     check_output(out, overwrite=True)  # another demo may be replaced
     console = messages()
-    changes = {"data.path": str(_photos("train")), "train.device": arguments.device, "seed": arguments.seed}
+    device = str(choose_device(arguments.device))
+    changes = {"data.path": str(_photos("train")), "train.device": device, "seed": arguments.seed}
     recipe = read_recipe(ASSETS / "demo.yaml", [], changes)
     steps = arguments.steps or recipe.train.steps
     train = dataclasses.replace(recipe.train, steps=steps, save_every=steps, keep=1)

@@ -24,7 +24,7 @@ def alignment_loss(
 ) -> Float[Tensor, ""]:
     """Return minus the mean cosine similarity of every patch feature and its latent token.
 
-        L_align = -(1/N) sum_n cos(y_n, MLP(z)_n)        arXiv:2412.10958, Eq. 6
+        L_align = -(1/N) sum_n cos(y_n, MLP(z)_n)        arXiv:2412.10958, section 3
 
     Each token stands for a run of consecutive patches in raster order, `patches / tokens` of them.
 

@@ -30,7 +30,7 @@ __all__ = [
 def entropy_loss(logits: Float[Tensor, "group sample code"]) -> Float[Tensor, ""]:
     """Return `mean H(q(z|x)) - H(mean q(z|x))`, averaged over groups: sharp for each token, uniform over all of them.
 
-        L_kl = H(q(z|x)) - H(E_x q(z|x))        arXiv:2412.10958, Eq. 7
+        L_kl = H(q(z|x)) - H(E_x q(z|x))        arXiv:2412.10958, section 3
 
     It lies in [-log K, 0] and is minus the mutual information of token and codeword, not a divergence from a prior.
 

@@ -58,7 +58,7 @@ class SoftVQ(nn.Module):
     """Each latent is its posterior's mean over the codewords: differentiable, continuous, with no codebook loss.
 
         q(c_k | z) = softmax_k(s(z, c_k) / temperature)        arXiv:2412.10958, Eq. 4
-        latent     = sum_k q(c_k | z) c_k                      arXiv:2412.10958, Eq. 5
+        latent     = sum_k q(c_k | z) c_k                      arXiv:2412.10958, section 3
 
     with s the cosine similarity (released code) or minus the Euclidean distance of the raw vectors (paper).
 
