@@ -1,7 +1,7 @@
 # Two commands for newcomers: `make demo` and `make test`. Each installs what it needs into .venv first.
 
 python3 ?= python3
-JOBS    ?= 0
+JOBS    ?= 2
 bin     := .venv/bin
 stamp   := .venv/.installed
 
@@ -9,7 +9,7 @@ stamp   := .venv/.installed
 
 help:
 	@echo "make demo      install, train a tiny tokenizer on bundled photographs, write a page of reconstructions"
-	@echo "make test      install, lint, run the tests (JOBS=2 runs them in two processes)"
+	@echo "make test      install, lint, run the tests (JOBS=0 in one process instead of two)"
 	@echo "make lint      ruff, pyrefly, pydoclint, import-linter, codespell, deptry"
 	@echo "make bench     run every benchmark in benchmarks/"
 	@echo "make install   make .venv and install softvq with everything that training and testing need"

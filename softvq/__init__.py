@@ -1,4 +1,4 @@
-"""Photographs to 32 or 64 continuous tokens and back.
+"""Photographs to 32 to 128 continuous tokens and back.
 
 The names below are looked up when first used, so that `import softvq` is quick and imports no torch.
 
@@ -96,6 +96,8 @@ def save_image(image: 'Float[Tensor, "3 height width"]', path: "Path | str") -> 
     from softvq.errors import InputError
     from softvq.files import replacing
 
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise InputError(f"the image is {list(image.shape)}, expected [3, height, width]; [0] takes one of a batch")
     if not str(path).lower().endswith(SUFFIXES):
         raise InputError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
     with replacing(path) as temporary:

@@ -156,10 +156,12 @@ def _add_images(commands: Commands) -> None:
     )
     _model(reconstruct)
     _photos(reconstruct)
-    reconstruct.add_argument("out", metavar="OUT", help="the folder to write pictures and metrics.json into")
+    reconstruct.add_argument(
+        "out", metavar="OUT", help="the folder to write to: pictures, metrics.json, of a folder also contact-sheet.png"
+    )
     for command in (encode, decode, reconstruct):
         _machine(command)
-        command.add_argument("--overwrite", action="store_true", help="replace what is already at OUT")
+        command.add_argument("--overwrite", action="store_true", help="write although something is there already")
 
 
 def _add_train(commands: Commands) -> None:

@@ -122,7 +122,7 @@ def read_tensors(path: Path | str) -> tuple[dict[str, "Tensor"], dict[str, str]]
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise InputError(f"{path}: is a pickle, which can run code when opened; give a .safetensors file instead")
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -17,6 +17,7 @@ from softvq.files import read_tensors, write_json, write_tensors, write_text
 __all__ = ["load_folder", "load_strictly", "push", "save_folder"]
 
 FORMAT_VERSION = 1
+EXAMPLE = "SoftVQVAE/softvq-l-64"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -67,6 +68,9 @@ def load_folder(
         folder = _download(str(name_or_folder), revision)
     if not folder.is_dir():
         raise InputError(f"{folder}: is a file, expected a folder with config.json and model.safetensors")
+    if not (folder / "config.json").is_file():
+        inside = next((f"; did you mean {path.parent}" for path in sorted(folder.glob("*/config.json"))), "")
+        raise InputError(f"{folder}: is no model folder, it holds no config.json{inside}")
     config = read_json(folder / "config.json")
     weights = folder / "model.safetensors"
     others = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
@@ -156,7 +160,9 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     if not REPOSITORY.fullmatch(name) or ".." in name:
-        raise InputError(f"{name}: no such folder, and not the name of a repository (owner/name)")
+        raise InputError(
+            f"{name}: no such folder, and not the name of a repository, which is owner/name, for example {EXAMPLE}"
+        )
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=["config.json", "model.safetensors"]))
     except RepositoryNotFoundError as error:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import platform
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ __all__ = [
     "check_output",
     "choose_size",
     "load_tokenizer",
+    "machine_name",
     "messages",
     "open_photos",
     "precision_of",
@@ -51,6 +53,23 @@ def messages() -> Console:
 def progress(items: Sequence[T], label: str, console: Console) -> Iterable[T]:
     """Return the items, with a bar that goes forward with them where there is a terminal to draw it on."""
     return track(items, label, console=console, transient=True, disable=not console.is_terminal)
+
+
+def machine_name(device: torch.device) -> str:
+    """Return what ran something, for beside its figures: the GPU's name, or the processor's with its cores.
+
+    Args:
+        device: Where it ran.
+
+    Returns:
+        A few words.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return f"{name[1] if name else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def precision_of(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:

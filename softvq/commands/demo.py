@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 import softvq
-from softvq.commands.common import Photos, check_output, messages, results, round_trip
+from softvq.commands.common import Photos, check_output, machine_name, messages, results, round_trip
 from softvq.commands.train import read_recipe
 from softvq.errors import InputError, Interrupted
 from softvq.evaluation.page import Reconstruction, measure, reconstruction_page
@@ -34,8 +34,8 @@ def demo(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     check_output(out, overwrite=True)  # another demo may be replaced
     console = messages()
-    device = str(choose_device(arguments.device))
-    changes = {"data.path": str(_photos("train")), "train.device": device, "seed": arguments.seed}
+    device = choose_device(arguments.device)
+    changes = {"data.path": str(_photos("train")), "train.device": str(device), "seed": arguments.seed}
     recipe = read_recipe(ASSETS / "demo.yaml", [], changes)
     steps = arguments.steps or recipe.train.steps
     train = dataclasses.replace(recipe.train, steps=steps, save_every=steps, keep=1)
@@ -51,6 +51,7 @@ def demo(arguments: argparse.Namespace) -> None:
     facts = {
         "Model": f"{tokenizer.config.quantizer.kind}, {sum(p.numel() for p in tokenizer.parameters()):,} parameters",
         "Training": f"{steps} steps of {train.batch_size} photographs, {time.perf_counter() - started:.0f} s",
+        "Machine": machine_name(device),
         "Command": f"softvq demo --steps {steps} --seed {arguments.seed} --device {arguments.device}",
         "Versions": f"softvq {softvq.__version__}, torch {torch.__version__}",
     }
@@ -71,7 +72,7 @@ def _reconstruct(tokenizer: ImageTokenizer, console: Console) -> list[Reconstruc
 
 
 def _write(items: Sequence[Reconstruction], facts: dict[str, str], out: Path) -> None:
-    captions = [f"{item.name} · {item.psnr:.1f} dB" for item in items]
+    captions = [f"{Path(item.name).stem} · {item.psnr:.1f} dB" for item in items]
     picture = side_by_side([item.original for item in items], [item.reconstruction for item in items], captions)
     with replacing(out / "demo.png") as temporary:
         picture.save(temporary)
@@ -79,10 +80,11 @@ def _write(items: Sequence[Reconstruction], facts: dict[str, str], out: Path) ->
     mean = statistics.fmean(item.psnr for item in items)
     baseline = statistics.fmean(item.mean_colour_psnr for item in items)
     console = results()
-    console.print(f"{len(items)} held-out photographs, {items[0].num_latent_tokens} tokens each:")
+    console.print(f"{len(items)} held-out photographs, {items[0].num_latent_tokens} tokens each; {facts['Machine']}:")
     console.print(f"  mean PSNR               {mean:6.2f} dB")
     console.print(f"  of their mean colours   {baseline:6.2f} dB")
     console.print(f"  gain                    {mean - baseline:+6.2f} dB")
+    console.print(f"  smallest gain           {min(item.psnr - item.mean_colour_psnr for item in items):+6.2f} dB")
     for name in ("demo.html", "demo.png", "tokenizer"):
         console.print(str((out / name).resolve()), soft_wrap=True)
 

@@ -102,14 +102,16 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(arguments.model, device)
     photos = open_photos(arguments, tokenizer)
     is_folder = photos.source.is_dir()
-    files = dict(zip(photos.names, picture_names(photos.names), strict=True))
+    pictures = out / "pairs" if is_folder else out
+    files = {name: pictures / file for name, file in zip(photos.names, picture_names(photos.names), strict=True)}
+    _spare_originals(photos.paths, [*files.values(), out / "contact-sheet.png"])
     rows: list[dict[str, Any]] = []
     sheet: list[Reconstruction] = []
     for names, images in batched(photos, arguments.batch_size):
         copies = round_trip(tokenizer, images, arguments.precision)
         for item in measure(images, copies, names, tokenizer.config.num_latent_tokens, tokenizer.config.latent_dim):
             rows.append(_figures(item))
-            _save(_draw([item]), (out / "pairs" if is_folder else out) / files[item.name])
+            _save(_draw([item]), files[item.name])
             sheet += [item] if len(sheet) < CONTACT_SHEET_PHOTOS else []
     if is_folder:
         _save(_draw(sheet), out / "contact-sheet.png")
@@ -118,7 +120,9 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     report |= {"photographs": [_finite(row) for row in rows], "skipped": photos.skipped}
     write_json(out / "metrics.json", report)
     _print_table(rows, mean)
-    results().print(f"{out}: {len(rows)} photographs beside their reconstructions, metrics.json", soft_wrap=True)
+    results().print(
+        f"{out}: {len(rows)} photograph{'s' * (len(rows) > 1)} beside reconstructions, metrics.json", soft_wrap=True
+    )
 
 
 def _figures(item: Reconstruction) -> dict[str, Any]:
@@ -150,6 +154,14 @@ def _cells(figures: dict[str, Any]) -> tuple[str, str, str]:
 def _finite(figures: dict[str, Any]) -> dict[str, Any]:
     """JSON has no infinity, which is the PSNR of an exact reconstruction."""
     return {key: None if value == math.inf else value for key, value in figures.items()}
+
+
+def _spare_originals(originals: list[Path], pictures: list[Path]) -> None:
+    """Refuse to replace a photograph by what is made of it, whatever `--overwrite` says."""
+    taken = {path.resolve() for path in originals}
+    for picture in pictures:
+        if picture.resolve() in taken:
+            raise InputError(f"{picture}: is one of the photographs themselves; give another folder to write to")
 
 
 def _check_folder(out: Path, overwrite: bool) -> None:

@@ -19,6 +19,8 @@ from softvq.training.distributed import choose_device
 
 __all__ = ["fit_stats"]
 
+FEW = 100
+
 
 @torch.inference_mode()
 def fit_stats(arguments: argparse.Namespace) -> None:
@@ -35,7 +37,10 @@ def fit_stats(arguments: argparse.Namespace) -> None:
         tokenizer.fit_statistics(batches, per_channel=arguments.per_channel)
     tokenizer.save_pretrained(out)
     console = results()
-    console.print(f"{out}: fitted on {len(photos.paths) - len(photos.skipped)} photographs", soft_wrap=True)
+    count = len(photos.paths) - len(photos.skipped)
+    console.print(f"{out}: fitted on {count} photograph{'s' * (count > 1)}", soft_wrap=True)
+    if count < FEW:
+        messages().print(f"{count} is few, give some hundred for statistics that hold for others", soft_wrap=True)
     for name, values in (("mean", tokenizer.latent_mean), ("std", tokenizer.latent_std)):
         low, high = values.min().item(), values.max().item()
         console.print(f"latent_{name}: {low:.4g}" + (f" to {high:.4g}" if arguments.per_channel else ""))

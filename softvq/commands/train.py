@@ -59,6 +59,7 @@ def read_recipe(path: Path, overrides: list[str], changes: dict[str, Any]) -> To
 
 
 def _print_plan(config: TokenizerRunConfig) -> None:
+    found = 0 if config.data.path is None else len(find_images(config.data.path))
     console = results()
     console.print(to_yaml(config), soft_wrap=True)
     with torch.device("meta"):
@@ -71,6 +72,5 @@ def _print_plan(config: TokenizerRunConfig) -> None:
     console.print(f"{memory:.2f} GiB for weights, gradients, AdamW and average; activations come on top")
     images = config.train.steps * config.train.batch_size
     console.print(f"{config.train.steps:,} steps of {config.train.batch_size} images: {images:,} images")
-    if config.data.path is not None:
-        found = len(find_images(config.data.path))
+    if found:
         console.print(f"{config.data.path}: {found:,} images, {images / found:.1f} passes", soft_wrap=True)

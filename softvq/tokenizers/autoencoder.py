@@ -161,7 +161,7 @@ class ImageTokenizer(nn.Module):
 
     def encode_pre(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch token channel"]:
         """Return what the quantizer sees: the encoder's outputs after the linear layer to its input channels."""
-        self._check_size(images.shape[-2], images.shape[-1])
+        self._check_images(images)
         return self.to_latents(self.encoder(images))
 
     @torch.no_grad()
@@ -249,6 +249,15 @@ class ImageTokenizer(nn.Module):
             tokenizer = cls(from_dict(TokenizerConfig, config, f"{where}/config.json"))
         hub.load_strictly(tokenizer, tensors, where)
         return tokenizer.eval()
+
+    def _check_images(self, images: Tensor) -> None:
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise InputError(
+                f"images are {list(images.shape)}, expected [batch, 3, height, width]; [None] adds the batch"
+            )
+        if not images.is_floating_point():
+            raise InputError(f"images are {images.dtype}, expected floating-point values in [-1, 1]")
+        self._check_size(images.shape[2], images.shape[3])
 
     def _check_size(self, height: int, width: int) -> None:
         patch = self.config.patch_size

@@ -149,7 +149,8 @@ def _train(config: TokenizerRunConfig, run: Path, resume: bool, console: Console
     trainer = _build(config, run, console, fresh=saved is None)
     if saved:
         _compare_versions(trainer.restore(saved), trainer)
-        _say(console, f"{run}: goes on from step {saved.step}")
+        done = saved.step >= config.train.steps
+        _say(console, f"{run}: {'is finished' if done else 'goes on'}, at step {saved.step}")
     elif resume:
         _say(console, f"{run}: has no checkpoint yet, starts at step 0")
 
@@ -192,7 +193,9 @@ def _check_config(run: Path, config: TokenizerRunConfig) -> None:
         if before.get(name) != now.get(name) and name not in free
     ]
     if changed:
-        raise InputError(f"{path}: the run was started with another config ({'; '.join(changed)}); undo the change")
+        raise InputError(
+            f"{path}: the run was started with another config ({'; '.join(changed)}); undo that or start anew"
+        )
 
 
 def _build(config: TokenizerRunConfig, run: Path, console: Console, fresh: bool) -> Trainer:
