@@ -205,3 +205,12 @@ def test_batches_hold_photographs_of_one_size() -> None:
     found = list(batched(photos, 2))
     assert [names for names, _ in found] == [["0", "1"], ["2"], ["3"], ["4"]]
     assert all(torch.equal(images[:, 0, 0, 0], torch.tensor([float(n) for n in names])) for names, images in found)
+
+
+def test_reconstruct_never_replaces_a_photograph_even_when_told_to_overwrite(program: Program) -> None:
+    make_photos(Path("photos"), ("a.png",))
+    before = Path("photos/a.png").read_bytes()
+    program.refuses(
+        "reconstruct", "model", "photos/a.png", "photos", "--overwrite", names=("photos/a.png", "themselves")
+    )
+    assert Path("photos/a.png").read_bytes() == before

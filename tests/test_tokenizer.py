@@ -332,3 +332,22 @@ def test_the_released_start_is_small_noise():
     assert encoder.pos_embed.detach().std() == pytest.approx(0.02, rel=0.15)
     queries, keys, _ = encoder.blocks[0].attn.qkv.weight.chunk(3)
     assert not torch.equal(queries, keys)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(3, 64, 64), r"images are \[3, 64, 64\], expected \[batch, 3, height, width\]"),
+        (torch.zeros(1, 64, 64, 3), r"images are \[1, 64, 64, 3\]"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "images are torch.uint8, expected floating-point"),
+    ],
+)
+def test_images_of_another_kind_are_refused(tokenizer, images, message):
+    with pytest.raises(InputError, match=message):
+        tokenizer._check_images(images)
+
+
+def test_a_folder_around_a_model_folder_is_pointed_out(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "run/tokenizer")
+    with pytest.raises(InputError, match=r"holds no config.json; did you mean .*run/tokenizer"):
+        ImageTokenizer.from_pretrained(tmp_path / "run")

@@ -27,6 +27,8 @@ from softvq.training.tracking import Display, RunLog, TensorBoard
 
 __all__ = ["Task", "TrainConfig", "Trainer", "split"]
 
+MAX_BATCH_SIZE = 1 << 20
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
@@ -62,6 +64,8 @@ class TrainConfig:
         for name in ("batch_size", "steps", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.batch_size > MAX_BATCH_SIZE:
+            raise InputError(f"batch_size is {self.batch_size}, expected at most {MAX_BATCH_SIZE}")
         if self.sample_every < 0:
             raise InputError(f"sample_every is {self.sample_every}, expected at least 0")
         if self.batch_size % self.accumulate:
