@@ -186,6 +186,7 @@ def _add_model(commands: Commands) -> None:
     _photos(stats, name="DATA")
     stats.add_argument("--per-channel", action="store_true", help="one mean and deviation per channel, not one for all")
     stats.add_argument("--out", metavar="DIR", help="save the model here (default: the folder MODEL itself)")
+    stats.add_argument("--overwrite", action="store_true", help="write although something is at --out already")
     _machine(stats)
 
 

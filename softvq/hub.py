@@ -1,5 +1,6 @@
 """Model folders, `config.json` and `model.safetensors`, local or in a repository: strict in, atomic out."""
 
+import contextlib
 import json
 import re
 import tempfile
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from softvq.config import read_json
 from softvq.errors import InputError, RunError
-from softvq.files import read_tensors, write_json, write_tensors, write_text
+from softvq.files import read_tensors, replacing, write_json, write_tensors, write_text
 
 __all__ = ["load_folder", "load_strictly", "push", "save_folder"]
 
 FORMAT_VERSION = 1
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 EXAMPLE = "SoftVQVAE/softvq-l-64"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -24,7 +26,7 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def save_folder(
     folder: Path | str, *, kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str
 ) -> None:
-    """Write a model folder, each file atomically, the weights first.
+    """Write a model folder: all of it, or on failure nothing. A model card that is there already is left as it is.
 
     The weights carry the config they were made with, so that a folder torn between two saves is noticed when read.
 
@@ -42,9 +44,15 @@ def save_folder(
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file, expected a folder to save the {kind} in")
     header = {"format": f"softvq-{kind}", "version": FORMAT_VERSION, **config}
-    write_tensors(folder / "model.safetensors", tensors, {"config": json.dumps(header, sort_keys=True)})
-    write_json(folder / "config.json", header)
-    write_text(folder / "README.md", card)
+    with (
+        contextlib.nullcontext() if (folder / "README.md").exists() else replacing(folder / "README.md") as readme,
+        replacing(folder / "config.json") as config_json,
+        replacing(folder / "model.safetensors") as weights,
+    ):  # all are written before the first takes its place
+        write_tensors(weights, tensors, {"config": json.dumps(header, sort_keys=True)})
+        write_json(config_json, header)
+        if readme:
+            write_text(readme, card)
 
 
 def load_folder(
@@ -112,12 +120,14 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -
         for name in sorted(shared)
         if tensors[name].shape != own[name].shape
     ]
-    broken = [name for name in sorted(shared) if not bool(torch.isfinite(tensors[name]).all())]
-    problems = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped, "not finite": broken}
+    foreign = [f"{name} is {tensors[name].dtype}" for name in sorted(shared) if tensors[name].dtype not in FLOATS]
+    ready = {} if foreign else {name: tensors[name].to(own[name].dtype) for name in shared}
+    broken = [name for name, tensor in sorted(ready.items()) if not bool(torch.isfinite(tensor).all())]
+    problems = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped, "not floats": foreign}
+    problems["not finite"] = broken
     found = [f"{len(names)} tensors {what} ({_some(names)})" for what, names in problems.items() if names]
     if found:
         raise InputError(f"{where}: the weights do not fit the config: {'; '.join(found)}")
-    ready = {name: tensor.to(own[name].dtype) for name, tensor in tensors.items()}
     model.load_state_dict(ready, strict=True, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_()

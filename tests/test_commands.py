@@ -214,3 +214,23 @@ def test_reconstruct_never_replaces_a_photograph_even_when_told_to_overwrite(pro
         "reconstruct", "model", "photos/a.png", "photos", "--overwrite", names=("photos/a.png", "themselves")
     )
     assert Path("photos/a.png").read_bytes() == before
+
+
+def test_fit_stats_replaces_nothing_elsewhere_unless_told(program: Program) -> None:
+    Path("mine").mkdir()
+    Path("mine/README.md").write_text("my own words")
+    program.refuses("fit-stats", "model", "photos", "--out", "mine", names=("mine", "already there", "--overwrite"))
+    assert program("fit-stats", "model", "photos", "--out", "mine", "--overwrite").code == 0
+    assert Path("mine/README.md").read_text() == "my own words"
+
+
+def test_a_model_that_paints_no_numbers_fails_with_a_sentence(program: Program) -> None:
+    tokenizer = ImageTokenizer.from_pretrained("model")
+    with torch.no_grad():
+        tokenizer.decoder.norm.weight.fill_(3e38)
+    tokenizer.save_pretrained("model")
+    for command, out in ((("reconstruct", "model", "photos"), "out"),):
+        result = program(*command, out)
+        assert result.code == 3
+        assert "not finite" in result.err
+        assert not list(Path(out).rglob("*.png")) if Path(out).exists() else True

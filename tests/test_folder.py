@@ -338,3 +338,10 @@ def test_the_bundled_photographs_are_attributed() -> None:
     assert "CC0 1.0 Universal" in text
     assert "Permission is hereby granted, free of charge" in text
     assert "flower" not in text.lower()
+
+
+def test_a_link_to_nothing_is_passed_over_like_a_bad_file(root: Path) -> None:
+    (root / "zzz.jpg").symlink_to(root / "gone.jpg")
+    folder = PhotoFolder(root, 16, DataConfig(max_bad_fraction=0.5), seed=0)
+    skipped = [name for batch in batches(folder, 4, 0, len(folder), 0) for name in batch.skipped]
+    assert set(skipped) == {"zzz.jpg"}

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from softvq.errors import InputError
+from softvq.tokenizers import released
 from softvq.tokenizers.alignment import Projector, alignment_loss
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.tokenizers.quantizers import KL, VQ, SoftVQ
@@ -107,3 +109,28 @@ def test_every_array_matches(case):
             )
         else:
             close(computed[name], theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tau": "abc"}, "tau is 'abc', expected a finite number"),
+        ({"vq_std": 0}, "vq_mean is 0.0 and vq_std 0.0"),
+        ({"codebook_embed_dim": 10**12}, "codebook_embed_dim is 1000000000000"),
+        ({"image_size": "256"}, "image_size is '256', expected a whole number"),
+        ({"encoder_model": "resnet50"}, "encoder_model is 'resnet50'"),
+    ],
+)
+def test_released_configs_that_cannot_be_are_named(change, message, tmp_path):
+    config = description_of("softvq_small_32")["config"] | change
+    with pytest.raises(InputError, match=message):
+        released.convert(config, {"quantize.embedding": torch.zeros(4, 512, 32)}, "here")
+
+
+@pytest.mark.parametrize(
+    "name", ["quantize.codebook_used_too", "to_latents.weight", "projection.9.weight", "latent_mean"]
+)
+def test_no_other_key_of_a_released_file_is_forgiven(name):
+    config = description_of("softvq_small_32")["config"]
+    with pytest.raises(InputError, match=f"the weights hold '{name}', which no released tokenizer has"):
+        released.convert(config, {name: torch.zeros(1)}, "here")

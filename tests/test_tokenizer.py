@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from softvq.config import from_dict, to_dict
-from softvq.errors import InputError
+from softvq.errors import InputError, RunError
 from softvq.tokenizers.autoencoder import ImageTokenizer, TokenizerConfig
 from softvq.tokenizers.presets import PRESETS, preset
 from softvq.tokenizers.quantizers import KLConfig, NoneConfig, SoftVQConfig, VQConfig
@@ -351,3 +351,49 @@ def test_a_folder_around_a_model_folder_is_pointed_out(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "run/tokenizer")
     with pytest.raises(InputError, match=r"holds no config.json; did you mean .*run/tokenizer"):
         ImageTokenizer.from_pretrained(tmp_path / "run")
+
+
+def test_a_failed_save_leaves_the_whole_folder_as_it_was(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/README.md").write_text("my own words")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    softer = dataclasses.replace(CONFIG, quantizer=SoftVQConfig(codebook_size=32, num_codebooks=2, temperature=0.5))
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("softvq.hub.write_json", full_disk)
+        with pytest.raises(RunError, match="No space left on device"):
+            ImageTokenizer(softer).save_pretrained(tmp_path / "model")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    ImageTokenizer(softer).save_pretrained(tmp_path / "model")
+    assert ImageTokenizer.from_pretrained(tmp_path / "model").config == softer
+    assert (tmp_path / "model/README.md").read_text() == "my own words"
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64])
+def test_weights_that_are_no_floats_are_refused(tokenizer, tmp_path, dtype):
+    tokenizer.save_pretrained(tmp_path)
+    damage(tmp_path, lambda t: t.update({"decoder.mask_token": torch.ones(1, 1, 48).to(dtype)}))
+    with pytest.raises(InputError, match=f"not floats .decoder.mask_token is {dtype}"):
+        ImageTokenizer.from_pretrained(tmp_path)
+
+
+def test_values_beyond_float32_and_deviations_of_zero_are_refused(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    damage(tmp_path, lambda t: t.update({"decoder.mask_token": torch.full((1, 1, 48), 1e300, dtype=torch.float64)}))
+    with pytest.raises(InputError, match="not finite"):
+        ImageTokenizer.from_pretrained(tmp_path)
+    tokenizer.latent_std[2] = 0
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="latent_std holds values of 0 or less"):
+        ImageTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_another_precision_encode_and_decode(tokenizer, dtype):
+    model = tokenizer.to(dtype)
+    with torch.no_grad():
+        latents = model.encode(torch.rand(1, 3, 64, 64).to(dtype))
+        assert bool(model.decode(latents).isfinite().all())

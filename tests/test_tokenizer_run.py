@@ -125,6 +125,13 @@ def test_a_run_that_is_not_there_cannot_be_resumed(tmp_path: Path, photographs: 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_of_something_else_is_not_resumed_into(tmp_path: Path, photographs: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match=r"is no run to resume, it holds thesis\.txt"):
+        train_tokenizer(config(photographs), tmp_path / "other", resume=True)
+
+
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path: Path, photographs: Path) -> None:
     (tmp_path / "run").mkdir()
     train_tokenizer(config(photographs), tmp_path / "run", resume=True)

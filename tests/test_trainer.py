@@ -210,6 +210,14 @@ def test_weights_stay_good_even_if_nobody_looks_for_many_steps(tmp_path: Path) -
         spoiled._check_finite()
 
 
+def test_nothing_is_saved_after_an_update_that_was_not_finite(tmp_path: Path) -> None:
+    ours = trainer(tmp_path)
+    ours.step, ours._failed_at = 5, torch.tensor(3)
+    with pytest.raises(RunError, match="step 4: the loss or its gradient is not finite"):
+        ours.save()
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_a_full_disk_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = checkpoint.save
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -27,6 +27,7 @@ __all__ = [
     "batched",
     "check_output",
     "choose_size",
+    "finite_images",
     "load_tokenizer",
     "machine_name",
     "messages",
@@ -252,12 +253,41 @@ def batched(
 def round_trip(
     tokenizer: ImageTokenizer, images: Float[Tensor, "batch 3 height width"], precision: str
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Encode and decode images on the tokenizer's device; return what came back, on the CPU in [-1, 1]."""
+    """Encode and decode images on the tokenizer's device.
+
+    Args:
+        tokenizer: In evaluation mode.
+        images: In [-1, 1], of a size the patch divides.
+        precision: `float32` or `bf16`.
+
+    Returns:
+        What came back, on the CPU in [-1, 1].
+
+    Raises:
+        RunError: If the model gives values that are not finite.
+    """
     device = tokenizer.latent_mean.device
     with precision_of(device, precision):
         latents = tokenizer.encode(images.to(device))
         decoded = tokenizer.decode(latents, (images.shape[2], images.shape[3]))
-    return decoded.float().clamp(-1.0, 1.0).cpu()
+    return finite_images(decoded)
+
+
+def finite_images(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+    """Bring decoded images to the CPU, clamped.
+
+    Args:
+        images: As the tokenizer decodes them.
+
+    Returns:
+        Images in [-1, 1].
+
+    Raises:
+        RunError: If a value is not finite, as overflowing weights make it.
+    """
+    if not bool(images.isfinite().all()):
+        raise RunError("the model paints values that are not finite; try --precision float32, or another model")
+    return images.float().clamp(-1.0, 1.0).cpu()
 
 
 def _nearest(size: tuple[int, int], patch_size: int) -> tuple[int, int]:

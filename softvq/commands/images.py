@@ -16,6 +16,7 @@ from softvq import __version__
 from softvq.commands.common import (
     batched,
     check_output,
+    finite_images,
     load_tokenizer,
     messages,
     open_photos,
@@ -88,7 +89,7 @@ def decode(arguments: argparse.Namespace) -> None:
         height, width = content.sizes[chunk.start].tolist()
         with precision_of(device, arguments.precision):
             images = tokenizer.decode(content.latents[chunk].to(device, torch.float32), (height, width))
-        for file, image in zip(files[chunk], images, strict=True):
+        for file, image in zip(files[chunk], finite_images(images), strict=True):
             _save(to_image(image), out / file)
     results().print(f"{out}: {len(files)} PNG files", soft_wrap=True)
 

@@ -7,6 +7,7 @@ import torch
 
 from softvq.commands.common import (
     batched,
+    check_output,
     load_tokenizer,
     messages,
     open_photos,
@@ -28,6 +29,8 @@ def fit_stats(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out or arguments.model)
     if arguments.out is None:
         _check_own(out)
+    else:
+        check_output(out, arguments.overwrite)
     device = choose_device(arguments.device)
     tokenizer = load_tokenizer(arguments.model, device)
     before = tokenizer.fingerprint()

@@ -157,7 +157,7 @@ class ImageTokenizer(nn.Module):
             raise InputError(f"latents are {list(latents.shape[1:])} for each image, expected {list(expected)}")
         size = size or (self.config.image_size, self.config.image_size)
         self._check_size(*size)
-        return self.decoder(self.from_latents(latents), size)
+        return self.decoder(self.from_latents(latents.to(self.from_latents.weight.dtype)), size)
 
     def encode_pre(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch token channel"]:
         """Return what the quantizer sees: the encoder's outputs after the linear layer to its input channels."""
@@ -194,6 +194,8 @@ class ImageTokenizer(nn.Module):
         if not per_channel:
             mean, power = mean.mean().expand_as(mean), power.mean().expand_as(power)
         std = (power - mean.square()).clamp(min=0).sqrt()
+        if not bool(std.isfinite().all()):
+            raise InputError("the latents of these images are not finite; the model cannot be used")
         if not bool((std > 0).all()):
             raise InputError("the latents of these images do not vary, so they cannot be normalised")
         self.latent_mean.copy_(mean)
@@ -248,6 +250,10 @@ class ImageTokenizer(nn.Module):
         with torch.device("meta"):
             tokenizer = cls(from_dict(TokenizerConfig, config, f"{where}/config.json"))
         hub.load_strictly(tokenizer, tensors, where)
+        if not bool((tokenizer.latent_std > 0).all()):
+            raise InputError(
+                f"{where}: latent_std holds values of 0 or less, expected deviations; fetch or fit it again"
+            )
         return tokenizer.eval()
 
     def _check_images(self, images: Tensor) -> None:

@@ -155,7 +155,7 @@ class KL(nn.Module):
         """Return one draw of every latent and the divergence."""
         mean, log_variance = self.moments(latents_pre)
         latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
-        return latents, {"kl": self.config.kl_weight * self.divergence(latents_pre).mean()}
+        return latents, {"kl": self.config.kl_weight * _divergence(mean, log_variance).mean()}
 
     def encode(self, latents_pre: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch token dim"]:
         """Return the mean of every latent."""
@@ -170,8 +170,7 @@ class KL(nn.Module):
 
     def divergence(self, latents_pre: Float[Tensor, "batch token channel"]) -> Float[Tensor, " batch"]:
         """Return the divergence from the standard normal in nats, summed over each image's latents."""
-        mean, log_variance = self.moments(latents_pre)
-        return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2))
+        return _divergence(*self.moments(latents_pre))
 
     def statistics(self, latents_pre: Float[Tensor, "batch token channel"]) -> dict[str, Tensor]:
         """Return nothing: there is no codebook."""
@@ -198,3 +197,7 @@ class Unquantized(nn.Module):
     def statistics(self, latents_pre: Float[Tensor, "batch token dim"]) -> dict[str, Tensor]:
         """Return nothing: there is no codebook."""
         return {}
+
+
+def _divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2))

@@ -117,10 +117,10 @@ def check_codebook(codebook_size: int, num_codebooks: int) -> None:
 
 
 def check_positive(**values: float) -> None:
-    """Refuse named values that are not finite and above 0."""
+    """Refuse named values that are not finite, or so small that dividing by them overflows."""
     for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise InputError(f"{name} is {value}, expected more than 0")
+        if not 1e-6 <= value < math.inf:
+            raise InputError(f"{name} is {value}, expected at least 1e-06")
 
 
 def check_weight(**values: float) -> None:

@@ -1,5 +1,6 @@
 """Named architectures: the paper's sizes and token counts, and tiny ones for tests and small machines."""
 
+import dataclasses
 import re
 
 from softvq.errors import InputError
@@ -15,6 +16,13 @@ VITS = {
     "b": ViTConfig(width=768, depth=12, num_heads=12),
     "l": ViTConfig(width=1024, depth=24, num_heads=16),
 }
+PRETRAINED = {
+    "s": "vit_small_patch14_dinov2.lvd142m",
+    "b": "vit_base_patch14_dinov2.lvd142m",
+    "l": "vit_large_patch14_dinov2.lvd142m",
+}
+"""What training starts an encoder from, as in the paper; if it cannot be had, at random, and training says so."""
+
 SIZES = {"tiny": ("tiny", "tiny"), "s": ("s", "s"), "b": ("b", "b"), "bl": ("b", "l"), "l": ("l", "l")}
 """Encoder and decoder of each size (arXiv:2412.10958: S 45 M, B 173 M, BL 391 M, L 608 M parameters)."""
 
@@ -45,7 +53,7 @@ def preset(name: str, *, image_size: int = 256) -> TokenizerConfig:
     encoder, decoder = SIZES[size]
     tiny = size == "tiny"
     return TokenizerConfig(
-        encoder=VITS[encoder],
+        encoder=dataclasses.replace(VITS[encoder], pretrained=PRETRAINED.get(encoder)),
         decoder=VITS[decoder],
         num_latent_tokens=tokens,
         latent_dim=LATENT_CHANNELS.get(size, 2048) // tokens,

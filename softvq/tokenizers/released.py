@@ -21,7 +21,10 @@ PREFIXES = {
     "quantize.embedding.weight": "quantizer.codebook",
     "quantize.embedding": "quantizer.codebook",
 }
-LEFT_OUT = ("decoder.model.patch_embed.", "quantize.codebook_used", "repa_model.", "projection.")
+OWN = ("encoder.latent_tokens", "encoder.latent_pos_embed", "decoder.mask_token", "decoder.latent_pos_embed")
+LEFT_OUT = re.compile(
+    r"decoder\.model\.patch_embed\.proj\.(weight|bias)|quantize\.codebook_used|repa_model\..+|projection\.[024]\.(weight|bias)"
+)
 SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
 
@@ -56,15 +59,20 @@ def convert(
             raise InputError(f"{where}/config.json: {field} is {config[field]!r}, expected {expected!r}")
     ours = {}
     for name, tensor in tensors.items():
-        if not name.startswith(LEFT_OUT):
-            prefix = next((old for old in sorted(PREFIXES, key=len, reverse=True) if name.startswith(old)), "")
-            ours[PREFIXES.get(prefix, "") + name[len(prefix) :]] = tensor
+        if LEFT_OUT.fullmatch(name):
+            continue
+        prefix = next((old for old in sorted(PREFIXES, key=len, reverse=True) if name.startswith(old)), None)
+        if prefix is None and name not in OWN:
+            raise InputError(f"{where}: the weights hold {name!r}, which no released tokenizer has")
+        ours[name if prefix is None else PREFIXES[prefix] + name[len(prefix) :]] = tensor
     latent_dim = _field(config, "codebook_embed_dim", where)
+    if not 1 <= latent_dim <= 4096:
+        raise InputError(f"{where}/config.json: codebook_embed_dim is {latent_dim}, expected 1 to 4096")
     quantizer, codebook = _quantizer(config, ours, latent_dim, where)
     if codebook is not None:
         ours["quantizer.codebook"] = codebook
-    mean, std = float(config.get("vq_mean") or 0.0), float(config.get("vq_std") or 1.0)
-    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+    mean, std = _number(config, "vq_mean", where, 0.0), _number(config, "vq_std", where, 1.0)
+    if std <= 0:
         raise InputError(
             f"{where}/config.json: vq_mean is {mean} and vq_std {std}, expected finite numbers, vq_std above 0"
         )
@@ -85,12 +93,12 @@ def _quantizer(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], latent_dim: int, where: str
 ) -> tuple[dict[str, Any], Tensor | None]:
     codebook = tensors.get("quantizer.codebook")
-    entropy_weight = float(config.get("entropy_loss_ratio", 0.0))
+    entropy_weight = _number(config, "entropy_loss_ratio", where, 0.0)
     if codebook is None:
         pre = tensors.get("to_latents.weight")
         twice = pre is not None and len(pre) == 2 * latent_dim
         return (
-            {"kind": "kl", "kl_weight": float(config.get("kl_loss_weight", 1e-6))} if twice else {"kind": "none"}
+            {"kind": "kl", "kl_weight": _number(config, "kl_loss_weight", where, 1e-6)} if twice else {"kind": "none"}
         ), None
     if not config.get("codebook_l2_norm", True):
         raise InputError(
@@ -99,12 +107,12 @@ def _quantizer(
     size = _field(config, "codebook_size", where)
     if codebook.ndim == 2:
         weights = {
-            "codebook_weight": float(config.get("vq_loss_ratio", 1.0)),
-            "commitment_weight": float(config.get("commit_loss_beta", 0.25)),
+            "codebook_weight": _number(config, "vq_loss_ratio", where, 1.0),
+            "commitment_weight": _number(config, "commit_loss_beta", where, 0.25),
             "entropy_weight": entropy_weight,
         }
         return {"kind": "vq", "codebook_size": size, **weights}, codebook[None]
-    softness = {"temperature": float(config.get("tau", 0.07)), "entropy_weight": entropy_weight}
+    softness = {"temperature": _number(config, "tau", where, 0.07), "entropy_weight": entropy_weight}
     num_codebooks = _field(config, "num_codebooks", where, 1)
     return {"kind": "softvq", "codebook_size": size, "num_codebooks": num_codebooks, **softness}, codebook
 
@@ -117,6 +125,13 @@ def _vit(config: Mapping[str, Any], field: str, where: str) -> dict[str, Any]:
         )
     width, depth, num_heads = SIZES[size[1]]
     return {"width": width, "depth": depth, "num_heads": num_heads, "layer_scale_init": 1e-5, "init": "released"}
+
+
+def _number(config: Mapping[str, Any], name: str, where: str, default: float) -> float:
+    value = config.get(name, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise InputError(f"{where}/config.json: {name} is {value!r}, expected a finite number")
+    return float(value)
 
 
 def _field(config: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:

@@ -136,8 +136,8 @@ def load_timm_weights(vit: ViTEncoder | ViTDecoder, name: str, *, pretrained: bo
     size = (height * vit.patch_size, width * vit.patch_size)
     try:
         source = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=size, patch_size=vit.patch_size)
-    except RuntimeError as error:
-        raise InputError(f"pretrained is {name!r}: {error}") from error
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"pretrained is {name!r}, expected the name of a timm ViT ({error})") from error
     except (OSError, ValueError) as error:  # no network and no cached file
         return f"{name}: its weights cannot be had here ({type(error).__name__}), the transformer starts at random"
     weights = source.state_dict()

@@ -170,6 +170,9 @@ def _claim(run: Path, config: TokenizerRunConfig, folder: PhotoFolder, resume: b
     """Make the folder this run's, or see that it is."""
     if not resume and any(path.name != ".lock" for path in run.iterdir()):
         raise InputError(f"{run}: is not empty; add --resume to go on with the run in it, or choose another folder")
+    others = [path.name for path in run.iterdir() if path.name != ".lock"]
+    if others and not (run / "config.yaml").exists() and not (run / "checkpoints").exists():
+        raise InputError(f"{run}: is no run to resume, it holds {min(others)}; choose another folder")
     if (run / "config.yaml").exists() or (run / "checkpoints").exists():
         _check_config(run, config)
     data = {"images": len(folder), "fingerprint": folder.fingerprint}

@@ -218,8 +218,10 @@ class Trainer:
     def _check_finite(self) -> None:
         """Stop if an update was not finite; on a GPU, where looking means waiting, only before something is kept."""
         keeping = (self.config.log_every, self.config.save_every, self.config.sample_every)
-        if self.device.type != "cpu" and not any(self._due(every) for every in keeping):
-            return
+        if self.device.type == "cpu" or any(self._due(every) for every in keeping):
+            self._refuse_failed()
+
+    def _refuse_failed(self) -> None:
         failed = int(self._failed_at)
         if failed >= 0:
             first = failed * self.config.batch_size
@@ -267,8 +269,9 @@ class Trainer:
             log: Made safe on disk before, so that it never lacks lines that the checkpoint relies on.
 
         Raises:
-            RunError: If the checkpoint that fails is the last one of the run.
+            RunError: If the checkpoint that fails is the last one of the run, or an update before was not finite.
         """
+        self._refuse_failed()
         if not distributed.is_main() or (self.saved and self.saved.step == self.step):
             return
         if log:
