@@ -194,7 +194,7 @@ def test_files_that_are_no_safetensors(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     with pytest.raises(InputError, match=r"model.safetensors: no such file"):
         read_tensors(path)
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="is a folder, expected a file"):
         read_tensors(tmp_path)
     for data in (b"", b"\x00", b"hello", bytes(1000), b"\xff" * 1000):
         path.write_bytes(data)

@@ -220,6 +220,7 @@ def test_a_folder_without_one_good_image_stops_the_run(root: Path, num_workers: 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch tells it again as it cleans up
 def test_a_dead_worker_is_one_sentence(root: Path) -> None:
     class Deadly(PhotoFolder):
         def sample(self, position: int) -> Sample:
