@@ -63,6 +63,8 @@ def _explain(error: Exception) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without its import
         return RunError.exit_code, "out of memory; give a smaller --batch-size or --size, or another --device"
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):  # from torch's signal handler
+        return RunError.exit_code, "a data worker died, often for want of memory; lower num_workers and resume"
     if isinstance(error, OSError):
         name = f"{error.filename}: " if error.filename else ""
         return RunError.exit_code, f"{name}{error.strerror or error}"
