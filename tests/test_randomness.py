@@ -5,7 +5,11 @@ import itertools
 import pytest
 import torch
 
-from softvq.randomness import generator, manual_seed, seed_of
+from softvq.randomness import fold_in, generator, keys_of, manual_seed, normal, seed_of, uniform
+
+KEYS = [458480144296515684, -1175178834724009946, 8835682878422521016]
+UNIFORM = [0.06053263, 0.46041423, 0.3920961]
+NORMAL = [1.83028543, 1.21942008, 0.27215666]
 
 
 @pytest.mark.parametrize(
@@ -80,3 +84,38 @@ def test_manual_seed_sets_the_global_generator() -> None:
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert torch.equal(draws[0], torch.rand(4, generator=generator(0, "a", 1)))
+
+
+def test_keyed_draws_never_change() -> None:
+    keys = keys_of(0, "noise", torch.tensor([0, 1, 10**12]))
+    assert keys.tolist() == KEYS
+    torch.testing.assert_close(uniform(keys, 1)[:, 0], torch.tensor(UNIFORM), rtol=0, atol=1e-7)
+    torch.testing.assert_close(normal(keys, 1)[:, 0], torch.tensor(NORMAL), rtol=0, atol=1e-5)
+
+
+def test_keyed_draws_belong_to_the_sample_and_not_to_the_batch() -> None:
+    keys = keys_of(3, "noise", torch.arange(6))
+    for draw in (uniform, normal):
+        whole = draw(keys, 4, 5)
+        assert torch.equal(whole, torch.cat([draw(keys[:1], 4, 5), draw(keys[1:], 4, 5)]))
+        assert torch.equal(whole[:, :2], draw(keys, 2, 5))
+
+
+def test_keyed_draws_have_their_distribution() -> None:
+    keys = keys_of(0, "test", torch.arange(500))
+    for draws, cdf in ((uniform(keys, 40), lambda x: x), (normal(keys, 40), torch.special.ndtr)):
+        ordered = cdf(draws.flatten().double()).sort().values
+        steps = torch.arange(1, len(ordered) + 1) / len(ordered)
+        assert (ordered - steps).abs().max() < 1.63 / len(ordered) ** 0.5  # Kolmogorov and Smirnov at 1%
+    draws = normal(keys, 40)
+    for lag in (torch.corrcoef(draws.T), torch.corrcoef(draws[:40]), torch.corrcoef(draws[::12])):
+        assert (lag - torch.eye(len(lag))).abs().max() < 0.75  # unrelated over indices and over keys
+    assert uniform(keys, 2000).min() > 0
+    assert uniform(keys, 2000).max() < 1
+
+
+def test_folding_gives_other_streams() -> None:
+    keys = keys_of(0, "test", torch.arange(400))
+    others = (fold_in(keys, 0), fold_in(keys, 1), keys_of(1, "test", torch.arange(400)))
+    streams = torch.stack([normal(k, 1)[:, 0] for k in (keys, *others)])
+    assert (torch.corrcoef(streams) - torch.eye(4)).abs().max() < 0.2

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from softvq import ranks
 from softvq.errors import InputError, Interrupted, RunError
 from softvq.training import checkpoint, distributed
 from softvq.training.checkpoint import latest
@@ -329,7 +330,7 @@ def train_as_rank(run: str) -> None:
     distributed.join(torch.device("cpu"))
     try:
         ours = trainer(Path(run), Regression(dropout=0.0), accumulate=2)
-        rank, world_size = distributed.rank(), distributed.world_size()
+        rank, world_size = ranks.rank(), ranks.world_size()
         ours.fit(lambda start, count: points(start, count, BATCH, rank, world_size))
         weights = {name: value.tolist() for name, value in ours.task.state_dict().items()}
         (Path(run) / f"rank-{rank}.json").write_text(json.dumps(weights))
@@ -339,7 +340,7 @@ def train_as_rank(run: str) -> None:
 
 
 def test_one_process_is_a_world_of_its_own() -> None:
-    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert (ranks.rank(), ranks.world_size(), ranks.is_main()) == (0, 1, True)
     assert distributed.any_rank(True)
     assert not distributed.any_rank(False)
     assert distributed.reduce_mean({"a": torch.tensor(1.5), "b": torch.tensor(0.1)}) == {

@@ -1,4 +1,4 @@
-"""Ranks, what they agree on, and the signals that stop them; everything works in a single process without any setup."""
+"""Joining other ranks, what all agree on, and the signals that stop them; a single process needs no setup."""
 
 import os
 import re
@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softvq.errors import InputError
+from softvq.ranks import mean_over_ranks, world_size
 
-__all__ = ["StopSignals", "any_rank", "choose_device", "is_main", "join", "leave", "max_over_ranks", "rank"]
-__all__ += ["reduce_mean", "wait_for_all", "world_size"]
+__all__ = ["StopSignals", "any_rank", "choose_device", "join", "leave", "max_over_ranks", "reduce_mean", "wait_for_all"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -60,21 +60,6 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def rank() -> int:
-    """Return the number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """Return the number of processes that train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def is_main() -> bool:
-    """Return whether this process is the one that writes files and talks to people."""
-    return rank() == 0
-
-
 def wait_for_all() -> None:
     """Return when every rank has come here."""
     any_rank(False)
@@ -108,10 +93,7 @@ def reduce_mean(report: Mapping[str, Tensor]) -> dict[str, float]:
     """
     if not report:
         return {}
-    values = torch.stack([value.detach().float() for value in report.values()])
-    if world_size() > 1:
-        dist.all_reduce(values)
-        values /= world_size()
+    values = mean_over_ranks(torch.stack([value.detach().float() for value in report.values()]))
     return dict(zip(report, values.tolist(), strict=True))
 
 

@@ -32,6 +32,7 @@ from softvq.errors import InputError
 from softvq.files import replacing, write_json, write_text
 from softvq.losses.perceptual import load_perceptual
 from softvq.randomness import manual_seed
+from softvq.ranks import is_main, rank, world_size
 from softvq.tokenizers.autoencoder import ImageTokenizer, TokenizerConfig
 from softvq.tokenizers.presets import preset
 from softvq.training import checkpoint as checkpoints
@@ -129,7 +130,7 @@ def train_tokenizer(
         raise InputError(f"{run}: no such run to resume; leave --resume out to start it")
     distributed.join(distributed.choose_device(config.train.device))
     try:
-        if not distributed.is_main():
+        if not is_main():
             return _train(config, run, resume, Console(quiet=True))
         with checkpoints.run_lock(run):
             return _train(config, run, resume, console or Console(quiet=True))
@@ -140,7 +141,7 @@ def train_tokenizer(
 def _train(config: TokenizerRunConfig, run: Path, resume: bool, console: Console) -> Path:
     assert config.data.path is not None
     folder = PhotoFolder(config.data.path, config.model.image_size, config.data, config.seed)
-    main = distributed.is_main()
+    main = is_main()
     if main:
         _claim(run, config, folder, resume)
         checkpoints.recover(run, lambda text: _say(console, f"warning: {text}"))
@@ -156,7 +157,7 @@ def _train(config: TokenizerRunConfig, run: Path, resume: bool, console: Console
 
     def stream(start: int, count: int) -> Iterator[Batch]:
         size, workers = config.train.batch_size, config.data.num_workers
-        return batches(folder, size, start, count, workers, distributed.rank(), distributed.world_size())
+        return batches(folder, size, start, count, workers, rank(), world_size())
 
     with run_status(run, lambda: trainer.step, trainer.warn) if main else contextlib.nullcontext():
         trainer.fit(stream)
@@ -207,7 +208,7 @@ def _build(config: TokenizerRunConfig, run: Path, console: Console, fresh: bool)
     for sentence in tokenizer.load_backbones() if fresh else ():
         _say(console, sentence)
     perceptual = load_perceptual(config.loss.perceptual_weights) if config.loss.perceptual_weight > 0 else None
-    sampled = distributed.is_main() and config.train.sample_every > 0
+    sampled = is_main() and config.train.sample_every > 0
     return Trainer(
         TokenizerTask(tokenizer, config.loss, perceptual),
         run,

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from softvq.errors import InputError, Interrupted, RunError
 from softvq.randomness import manual_seed
+from softvq.ranks import is_main, world_size
 from softvq.training import checkpoint as checkpoints
 from softvq.training import distributed
 from softvq.training.checkpoint import Checkpoint
@@ -126,7 +127,7 @@ class Trainer:
         info: Mapping[str, Any] | None = None,
         sample: Callable[[int], dict[str, float]] | None = None,
     ) -> None:
-        share = config.accumulate * distributed.world_size()
+        share = config.accumulate * world_size()
         if config.batch_size % share:
             raise InputError(
                 f"batch_size is {config.batch_size}, expected a multiple of accumulate x processes ({share})"
@@ -143,7 +144,7 @@ class Trainer:
         if config.compile:
             task.compile()
         self._parallel: nn.Module = task
-        if distributed.world_size() > 1:
+        if world_size() > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             self._parallel = DistributedDataParallel(task, device_ids=devices, broadcast_buffers=False)
 
@@ -158,7 +159,7 @@ class Trainer:
             RunError: If the loss or a gradient is not finite, memory runs out, or the last checkpoint is not written.
         """
         self.task.train()
-        log = RunLog(self.run / "log.jsonl", self.step, self.warn) if distributed.is_main() else None
+        log = RunLog(self.run / "log.jsonl", self.step, self.warn) if is_main() else None
         board = TensorBoard(self.run, self.step, self.warn) if log and self.config.tensorboard else None
         display = Display(self.console, self.step, self.config.steps)
         pace = _Pace(self.step)
@@ -272,7 +273,7 @@ class Trainer:
             RunError: If the checkpoint that fails is the last one of the run, or an update before was not finite.
         """
         self._refuse_failed()
-        if not distributed.is_main() or (self.saved and self.saved.step == self.step):
+        if not is_main() or (self.saved and self.saved.step == self.step):
             return
         if log:
             log.sync()
