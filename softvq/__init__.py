@@ -23,13 +23,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from softvq.errors import InputError, Interrupted, RunError
-    from softvq.tokenizers.autoencoder import ImageTokenizer, TokenizerConfig, TokenizerOutput
+    from softvq.tokenizers.autoencoder import ImageTokenizer, TokenizerOutput
+    from softvq.tokenizers.config import TokenizerConfig
     from softvq.tokenizers.presets import PRESETS, preset
-    from softvq.tokenizers.quantizers import KLConfig, NoneConfig, SoftVQConfig, VQConfig
+    from softvq.tokenizers.quantizers import (
+        GMMVQConfig,
+        GumbelConfig,
+        KLConfig,
+        NoneConfig,
+        ProductConfig,
+        ResidualConfig,
+        SoftVQConfig,
+        VQConfig,
+    )
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ResidualConfig": "softvq.tokenizers.quantizers",
+    "ProductConfig": "softvq.tokenizers.quantizers",
+    "GumbelConfig": "softvq.tokenizers.quantizers",
+    "GMMVQConfig": "softvq.tokenizers.quantizers",
     "ImageTokenizer": "softvq.tokenizers.autoencoder",
     "InputError": "softvq.errors",
     "Interrupted": "softvq.errors",
@@ -38,7 +52,7 @@ _HOMES = {
     "PRESETS": "softvq.tokenizers.presets",
     "RunError": "softvq.errors",
     "SoftVQConfig": "softvq.tokenizers.quantizers",
-    "TokenizerConfig": "softvq.tokenizers.autoencoder",
+    "TokenizerConfig": "softvq.tokenizers.config",
     "TokenizerOutput": "softvq.tokenizers.autoencoder",
     "VQConfig": "softvq.tokenizers.quantizers",
     "preset": "softvq.tokenizers.presets",
@@ -46,11 +60,15 @@ _HOMES = {
 
 __all__ = [
     "PRESETS",
+    "GMMVQConfig",
+    "GumbelConfig",
     "ImageTokenizer",
     "InputError",
     "Interrupted",
     "KLConfig",
     "NoneConfig",
+    "ProductConfig",
+    "ResidualConfig",
     "RunError",
     "SoftVQConfig",
     "TokenizerConfig",

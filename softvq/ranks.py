@@ -1,6 +1,5 @@
 """How many processes train together, and averages over them; in a single process everything is that process's own."""
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 

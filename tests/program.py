@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from softvq.cli import main
-from softvq.tokenizers.autoencoder import ImageTokenizer, TokenizerConfig
+from softvq.tokenizers.autoencoder import ImageTokenizer
+from softvq.tokenizers.config import TokenizerConfig
 from softvq.tokenizers.quantizers import SoftVQConfig
 from softvq.tokenizers.vit import ViTConfig
 

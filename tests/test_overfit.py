@@ -10,7 +10,8 @@ from softvq.config import from_dict
 from softvq.data.folder import DataConfig, PhotoFolder
 from softvq.evaluation.metrics import psnr
 from softvq.tokenizers.autoencoder import ImageTokenizer
-from softvq.training.tokenizer_run import TokenizerRunConfig, expand_preset, train_tokenizer
+from softvq.training.tokenizer_recipe import TokenizerRunConfig, expand_preset
+from softvq.training.tokenizer_run import train_tokenizer
 
 PHOTOS = Path(softvq.__file__).parent / "assets/photos/val"
 

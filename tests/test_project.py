@@ -246,7 +246,7 @@ def recipes() -> list[object]:
 @pytest.mark.parametrize("text", recipes())
 def test_recipes_are_complete(text: str, tmp_path: Path) -> None:
     from softvq.config import from_dict, read_yaml, to_dict, to_yaml
-    from softvq.training.tokenizer_run import TokenizerRunConfig, expand_preset
+    from softvq.training.tokenizer_recipe import TokenizerRunConfig, expand_preset
 
     path = tmp_path / "recipe.yaml"
     path.write_text(text)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softvq.errors import InputError
-from softvq.tokenizers.codebooks import codebook_statistics, entropy_loss
+from softvq.randomness import keys_of
+from softvq.tokenizers.codebooks import codebook_statistics, entropy_loss, posterior_averages, unit
 from softvq.tokenizers.quantizers import (
     KL,
     VQ,
@@ -136,7 +137,7 @@ def test_entropy_per_codebook_differs_from_the_pooled_one():
     pooled, each = soft(num_codebooks=4), soft(num_codebooks=4, entropy_per_codebook=True)
     each.load_state_dict(pooled.state_dict())
     pre = draw()
-    logits = pooled._similarities(pre)[0] / 0.01
+    logits = pooled._similarities(pre, pooled._codewords()) / 0.01
     torch.testing.assert_close(
         each(pre)[1]["entropy"], 0.01 * torch.stack([entropy_loss(x[None]) for x in logits]).mean()
     )
@@ -145,14 +146,84 @@ def test_entropy_per_codebook_differs_from_the_pooled_one():
 
 def test_statistics_closed_forms():
     one_hot = F.one_hot(torch.tensor([[0, 0, 1, 2]]), 8).float()
-    figures = codebook_statistics(one_hot)
+    averages = posterior_averages(one_hot)
+    torch.testing.assert_close(averages["likeliest"], torch.tensor([[0.5, 0.25, 0.25, 0, 0, 0, 0, 0]]))
+    figures = codebook_statistics(averages)
     assert figures["usage"] == pytest.approx(3 / 8)
     assert figures["perplexity"] == pytest.approx(math.exp(1.5 * math.log(2)))
     assert figures["posterior_entropy"] == 0
     assert figures["max_probability"] == 1
-    uniform = codebook_statistics(torch.full((2, 5, 8), 1 / 8))
+    uniform = codebook_statistics(posterior_averages(torch.full((2, 5, 8), 1 / 8)))
     assert uniform["perplexity"] == pytest.approx(8)
     assert uniform["posterior_entropy"] == pytest.approx(math.log(8))
+    assert codebook_statistics({}) == {}
+
+
+def test_averages_of_halves_make_the_averages_of_the_whole():
+    quantizer, pre = soft(num_codebooks=2, temperature=0.5), draw(batch=6)
+    whole, first, second = (quantizer.averages(part) for part in (pre, pre[:3], pre[3:]))
+    assert whole["likeliest"].shape == whole["marginal"].shape == (2, 16)
+    assert whole["posterior_entropy"].shape == whole["max_probability"].shape == (2,)
+    for name, value in whole.items():
+        torch.testing.assert_close((first[name] + second[name]) / 2, value)
+    posterior = torch.distributions.Categorical(probs=quantizer.posterior(pre))
+    entropies = posterior.entropy().reshape(6, 2, 4).mean(dim=(0, 2))
+    torch.testing.assert_close(whole["posterior_entropy"], entropies)
+
+
+def test_softening_multiplies_the_temperature_of_the_latents_alone():
+    quantizer, softer = soft(temperature=0.1), soft(temperature=0.25)
+    softer.load_state_dict(quantizer.state_dict())
+    for softening in (2.5, torch.tensor(2.5)):
+        latents, losses = quantizer(draw(), softening=softening)
+        torch.testing.assert_close(latents, softer(draw())[0])
+        assert torch.equal(losses["entropy"], quantizer(draw())[1]["entropy"])
+
+
+@pytest.mark.parametrize("kind", ["softvq", "vq"])
+def test_top_codewords_are_the_likeliest_with_their_probabilities(kind):
+    if kind == "softvq":
+        quantizer = soft(num_codebooks=2, temperature=0.3)
+    else:
+        quantizer = VQ(VQConfig(codebook_size=16, num_codebooks=2), num_latent_tokens=TOKENS, latent_dim=DIM)
+    pre = draw()
+    indices, weights = quantizer.top_codewords(pre, 3)
+    units, codewords = F.normalize(pre, dim=-1), F.normalize(quantizer.codebook, dim=-1)
+    for token in range(TOKENS):
+        order = torch.cdist(units[:, token], codewords[token // 4]).argsort(dim=-1)[:, :3]
+        assert torch.equal(indices[:, token], order)
+    if kind == "softvq":
+        torch.testing.assert_close(weights, quantizer.posterior(pre).sort(dim=-1, descending=True).values[..., :3])
+    else:
+        assert torch.equal(weights, torch.tensor([1.0, 0, 0]).expand(3, TOKENS, 3))
+    everything = quantizer.top_codewords(pre, 16)[1]
+    torch.testing.assert_close(everything.sum(dim=-1), torch.ones(3, TOKENS))
+
+
+@pytest.mark.parametrize("k", [0, 17])
+def test_more_codewords_than_there_are_cannot_be_the_top(k):
+    with pytest.raises(InputError, match=rf"k is {k}, expected 1 to the codebook's size \(16\)"):
+        soft().top_codewords(draw(), k)
+
+
+def test_lookup_finds_the_codewords_of_each_tokens_codebook():
+    quantizer = soft(num_codebooks=4)
+    indices = torch.arange(24).reshape(3, TOKENS) % 16
+    found, codewords = quantizer.lookup(indices), F.normalize(quantizer.codebook, dim=-1)
+    for token in range(TOKENS):
+        torch.testing.assert_close(found[:, token], codewords[token // 2][indices[:, token]])
+    raw = soft(similarity="euclidean", num_codebooks=1)
+    assert torch.equal(raw.lookup(indices), raw.codebook[0][indices])
+
+
+def test_unit_vectors_are_those_of_torch_and_next_to_zero_have_no_slope():
+    vectors = torch.tensor([[3.0, 4.0], [3e-4, 4e-4], [3e-6, 4e-6], [0.0, 0.0]], requires_grad=True)
+    units = unit(vectors)
+    torch.testing.assert_close(units[:2], F.normalize(vectors[:2], dim=-1))
+    torch.testing.assert_close(units[2:], vectors[2:] / 1e-4)
+    units[:, 0].sum().backward()
+    torch.testing.assert_close(vectors.grad[:2], torch.tensor([[16.0, -12.0], [160000.0, -120000.0]]) / 125)
+    assert torch.equal(vectors.grad[2:], torch.zeros(2, 2))
 
 
 def test_vq_takes_the_nearest_and_passes_gradients_straight_through():
@@ -181,8 +252,18 @@ def test_kl_divergence_matches_torch_distributions_and_draws_have_its_moments():
     torch.testing.assert_close(quantizer.divergence(pre), expected)
     torch.testing.assert_close(quantizer(pre)[1]["kl"], 2 * expected.mean())
     torch.testing.assert_close(quantizer.encode(pre), normal.mean)
-    draws = torch.stack([quantizer(pre)[0] for _ in range(2000)])
-    assert ((draws.mean(dim=0) - normal.mean) / normal.stddev).abs().max() < 0.12
+    draws = quantizer(pre[:1].expand(4000, -1, -1), keys_of(0, "draws", torch.arange(4000)))[0]
+    scores = (draws - normal.mean[0]) / normal.stddev[0]
+    assert scores.mean(dim=0).abs().max() < 0.08  # five standard errors
+    assert (scores.std(dim=0) - 1).abs().max() < 0.06
+
+
+def test_the_noise_of_kl_belongs_to_the_samples_keys():
+    quantizer, pre, keys = KL(KLConfig(), latent_dim=DIM), torch.randn(4, TOKENS, 2 * DIM), torch.arange(4)
+    latents = quantizer(pre, keys)[0]
+    assert torch.equal(latents, torch.cat([quantizer(pre[:1], keys[:1])[0], quantizer(pre[1:], keys[1:])[0]]))
+    assert not torch.equal(latents, quantizer(pre, keys + 4)[0])
+    assert not torch.equal(quantizer(pre)[0], quantizer(pre)[0])
 
 
 def test_no_quantizer_changes_nothing():

@@ -114,7 +114,7 @@ def arm(call: int, save: int) -> None:
 
 def run_config(folder: Path, num_workers: int):
     from softvq.config import from_dict
-    from softvq.training.tokenizer_run import TokenizerRunConfig
+    from softvq.training.tokenizer_recipe import TokenizerRunConfig
 
     vit = {"width": 32, "depth": 1, "num_heads": 2}
     quantizer = {"kind": "softvq", "codebook_size": 64, "num_codebooks": 2}

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from softvq.config import from_dict, to_dict
 from softvq.errors import InputError, RunError
-from softvq.tokenizers.autoencoder import ImageTokenizer, TokenizerConfig
+from softvq.tokenizers.autoencoder import ImageTokenizer
+from softvq.tokenizers.config import TokenizerConfig
 from softvq.tokenizers.presets import PRESETS, preset
 from softvq.tokenizers.quantizers import KLConfig, NoneConfig, SoftVQConfig, VQConfig
 from softvq.tokenizers.vit import ViTConfig, ViTDecoder, ViTEncoder, load_timm_weights
@@ -66,7 +67,7 @@ def test_a_size_the_patch_does_not_divide_is_refused(tokenizer, size):
 
 
 def test_latents_of_another_shape_are_refused(tokenizer):
-    with pytest.raises(InputError, match=r"latents are \[9, 6\] for each image, expected \[8, 6\]"):
+    with pytest.raises(InputError, match=r"latents are \[1, 9, 6\], expected \[batch, 8, 6\]"):
         tokenizer.decode(torch.zeros(1, 9, 6))
 
 

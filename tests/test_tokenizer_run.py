@@ -15,7 +15,8 @@ from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.tokenizers.presets import preset
 from softvq.training import tokenizer_run
 from softvq.training.checkpoint import latest, run_lock
-from softvq.training.tokenizer_run import TokenizerRunConfig, expand_preset, train_tokenizer
+from softvq.training.tokenizer_recipe import TokenizerRunConfig, expand_preset
+from softvq.training.tokenizer_run import train_tokenizer
 from softvq.training.tracking import read_log
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -70,7 +71,8 @@ def test_a_run_leaves_everything_behind(tmp_path: Path, photographs: Path) -> No
     with Image.open(run / "samples/step-00000004.png") as grid:
         assert grid.size == (6 * 32, 2 * 32)
     samples = [record["samples"] for record in read_log(run / "log.jsonl") if "samples" in record]
-    assert {"psnr", "usage", "perplexity"} <= set(samples[0])
+    assert set(samples[0]) == {"psnr"}
+    assert {"usage", "perplexity", "loss"} <= set(read_log(run / "log.jsonl")[0])
     facts = json.loads((run / "run.json").read_text())
     assert facts["data"]["images"] == 6
     assert {"softvq", "torch", "python"} <= set(facts["versions"])
@@ -84,8 +86,8 @@ def test_the_tokenizer_that_is_saved_is_the_average_with_fitted_statistics(tmp_p
     assert found is not None
     saved, _ = read_tensors(found.folder / "state.safetensors")
     for name, parameter in tokenizer.named_parameters():
-        assert torch.equal(parameter, saved[f"ema.{name}"])
-    assert not torch.equal(saved["ema.to_latents.weight"], saved["model.to_latents.weight"])
+        assert torch.equal(parameter, saved[f"ema.tokenizer.{name}"])
+    assert not torch.equal(saved["ema.tokenizer.to_latents.weight"], saved["model.tokenizer.to_latents.weight"])
     images = torch.stack(list(tokenizer_run._first_images(config(photographs))))  # all six of them
     latents = tokenizer.encode(images)
     assert latents.mean().item() == pytest.approx(0.0, abs=0.05)

@@ -20,8 +20,9 @@ from softvq.errors import InputError, Interrupted, RunError
 from softvq.training import checkpoint, distributed
 from softvq.training.checkpoint import latest
 from softvq.training.optim import OptimConfig
+from softvq.training.task import Task, split
 from softvq.training.tracking import read_log
-from softvq.training.trainer import Task, TrainConfig, Trainer, split
+from softvq.training.trainer import TrainConfig, Trainer
 
 BATCH = 8
 
@@ -52,11 +53,11 @@ class Regression(Task):
         self.before = before or (lambda step, loss: loss)
         self.calls = 0
 
-    def forward(self, batch: Points, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Points, step: int) -> tuple[Tensor, dict[str, Tensor], None]:
         self.calls += 1
         outputs = self.model(batch.inputs)
         error = (outputs - batch.targets).square().mean()
-        return self.before(step, error), {"error": error, "largest": outputs.abs().max()}
+        return self.before(step, error), {"error": error, "largest": outputs.abs().max()}, None
 
 
 def trainer(run: Path, task: Task | None = None, console: Console | None = None, **changes: object) -> Trainer:
@@ -182,7 +183,7 @@ def test_what_is_not_finite_stops_the_run_before_the_update(tmp_path: Path, how:
     good = trainer(tmp_path / "good", steps=20)
     good_stream = points(0, 7)
     for _ in range(7):
-        good._update(next(good_stream))
+        good.update(next(good_stream))
         good.step += 1
     bad = trainer(tmp_path / "bad", Regression(before=nan_at(7, how)))
     message = (
@@ -202,13 +203,13 @@ def test_weights_stay_good_even_if_nobody_looks_for_many_steps(tmp_path: Path) -
     spoiled = trainer(tmp_path, Regression(before=nan_at(3, "nan")))
     states = []
     for batch in points(0, 10):
-        spoiled._update(batch)
+        spoiled.update(batch)
         spoiled.step += 1
         states.append({name: value.clone() for name, value in spoiled.task.state_dict().items()})
     assert not states_equal(states[1], states[2])
     assert all(states_equal(states[2], state) for state in states[3:])
     with pytest.raises(RunError, match=r"step 4: .* samples 24 to 31; .* there is no checkpoint yet"):
-        spoiled._check_finite()
+        spoiled.check_finite()
 
 
 def test_nothing_is_saved_after_an_update_that_was_not_finite(tmp_path: Path) -> None:

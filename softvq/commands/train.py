@@ -13,16 +13,15 @@ from softvq.commands.inspect import parameter_counts
 from softvq.config import apply_overrides, from_dict, read_yaml, to_yaml
 from softvq.data.images import find_images
 from softvq.tokenizers.autoencoder import ImageTokenizer
-from softvq.training.tokenizer_run import TokenizerRunConfig, expand_preset
+from softvq.training.rehearsal import rehearse
+from softvq.training.tokenizer_recipe import TokenizerRunConfig, expand_preset
 from softvq.training.tokenizer_run import train_tokenizer as train
 
 __all__ = ["read_recipe", "train_tokenizer"]
 
-COPIES_IN_TRAINING = 5  # weights, gradients, two running means of AdamW, average
-
 
 def train_tokenizer(arguments: argparse.Namespace) -> None:
-    """Train a tokenizer as a recipe says, or print what would be trained."""
+    """Train a tokenizer as a recipe says, or print what would be trained and rehearse it."""
     changes = {"data.path": arguments.data, "train.device": arguments.device}
     config = read_recipe(Path(arguments.config), arguments.overrides, changes)
     if arguments.dry_run:
@@ -68,9 +67,18 @@ def _print_plan(config: TokenizerRunConfig) -> None:
     for name, count in counts.items():
         table.add_row(name, f"{count:,}")
     console.print(table)
-    memory = counts["total"] * 4 * COPIES_IN_TRAINING / 2**30
-    console.print(f"{memory:.2f} GiB for weights, gradients, AdamW and average; activations come on top")
     images = config.train.steps * config.train.batch_size
     console.print(f"{config.train.steps:,} steps of {config.train.batch_size} images: {images:,} images")
     if found:
         console.print(f"{config.data.path}: {found:,} images, {images / found:.1f} passes", soft_wrap=True)
+    _print_rehearsal(config)
+
+
+def _print_rehearsal(config: TokenizerRunConfig) -> None:
+    """Run every phase for a few updates, and show what each takes."""
+    table = Table("phase", "from step", "parameters", "s/step", "images/s", "peak GiB")
+    for phase in rehearse(config, messages(), messages().print):
+        speed = f"{config.train.batch_size / phase.seconds:,.1f}"
+        row = (f"{phase.first_step:,}", f"{phase.parameters:,}", f"{phase.seconds:.3f}", speed)
+        table.add_row(phase.name, *row, f"{phase.memory / 2**30:.2f}")
+    results().print(table)

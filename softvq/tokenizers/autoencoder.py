@@ -5,55 +5,29 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 from softvq import hub
 from softvq.config import from_dict, to_dict
 from softvq.errors import InputError
+from softvq.randomness import fold_in
 from softvq.tokenizers import released
-from softvq.tokenizers.codebooks import check_groups
-from softvq.tokenizers.quantizers import QuantizerConfig, SoftVQConfig, VQConfig, build_quantizer
-from softvq.tokenizers.vit import ViTConfig, ViTDecoder, ViTEncoder, load_timm_weights
+from softvq.tokenizers.config import TokenizerConfig
+from softvq.tokenizers.corruption import CorruptionConfig, noisy, patch_mask
+from softvq.tokenizers.quantizers import (
+    build_quantizer,
+    innermost,
+    unit_vectors,
+)
+from softvq.tokenizers.vit import ViTDecoder, ViTEncoder, load_timm_weights
 
-__all__ = ["ImageTokenizer", "TokenizerConfig", "TokenizerOutput"]
+__all__ = ["ImageTokenizer", "TokenizerOutput"]
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TokenizerConfig:
-    """Everything that determines a tokenizer's architecture."""
-
-    encoder: ViTConfig
-    """The transformer that reads patches."""
-    decoder: ViTConfig
-    """The transformer that paints them."""
-    num_latent_tokens: int = 64
-    """Latent tokens L per image."""
-    latent_dim: int = 32
-    """Channels d of each latent token."""
-    quantizer: QuantizerConfig = dataclasses.field(default_factory=SoftVQConfig)
-    """What turns the encoder's outputs into latents."""
-    image_size: int = 256
-    """Side in pixels that the position tables are made for; other sizes resample them."""
-    patch_size: int = 16
-    """Side of a patch in pixels."""
-
-    def __post_init__(self) -> None:
-        """Refuse sizes that do not fit together."""
-        for name, value, most in (
-            ("num_latent_tokens", self.num_latent_tokens, 4096),
-            ("latent_dim", self.latent_dim, 4096),
-            ("patch_size", self.patch_size, 128),
-            ("image_size", self.image_size, 8192),
-        ):
-            if not 1 <= value <= most:
-                raise InputError(f"{name} is {value}, expected 1 to {most}")
-        if self.image_size % self.patch_size:
-            raise InputError(f"image_size is {self.image_size}, expected a multiple of patch_size ({self.patch_size})")
-        num_codebooks = getattr(self.quantizer, "num_codebooks", 1)
-        check_groups(self.num_latent_tokens, num_codebooks)
+NO_CORRUPTION = CorruptionConfig()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,6 +40,8 @@ class TokenizerOutput:
     """Latents before normalisation, `[batch, token, dim]`."""
     losses: dict[str, Tensor]
     """The quantizer's own loss terms, already weighted."""
+    masked: Tensor | None = None
+    """Which patches were hidden from the encoder, `[batch, patch]`; nothing where none could be."""
 
 
 class ImageTokenizer(nn.Module):
@@ -99,19 +75,55 @@ class ImageTokenizer(nn.Module):
         )
         self.to_latents = nn.Linear(config.encoder.width, self.quantizer.input_dim)
         self.from_latents = nn.Linear(config.latent_dim, config.decoder.width)
-        if isinstance(config.quantizer, SoftVQConfig | VQConfig):
-            nn.init.normal_(
-                self.from_latents.weight
-            )  # unit vectors in, unit variance out, as the decoder's positions have
+        if vectors := unit_vectors(config.quantizer):  # unit variance out, as the decoder's positions have
+            nn.init.normal_(self.from_latents.weight, std=vectors**-0.5)
         self.decoder = ViTDecoder(config.decoder, **sizes)
         self.register_buffer("latent_mean", torch.zeros(config.latent_dim))
         self.register_buffer("latent_std", torch.ones(config.latent_dim))
 
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> TokenizerOutput:
-        """Reconstruct images for training: with the quantizer's loss terms and, where it has any, its noise."""
-        latents, losses = self.quantizer(self.encode_pre(images))
+    def forward(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        keys: Int64[Tensor, " batch"] | None = None,
+        *,
+        corruption: CorruptionConfig = NO_CORRUPTION,
+        num_tokens: int | None = None,
+        softening: Tensor | float = 1.0,
+    ) -> TokenizerOutput:
+        """Reconstruct images for training: with the quantizer's loss terms, and whatever noise there is.
+
+        Args:
+            images: RGB in [-1, 1].
+            keys: One for each image, from which all its noise is drawn; fresh ones by default.
+            corruption: What to hide from encoder and decoder; nothing by default.
+            num_tokens: Decode the first few tokens alone; all by default.
+            softening: Multiplies the posterior's temperature, for a run that lowers it.
+
+        Returns:
+            Reconstructions, latents as the quantizer gave them, the quantizer's loss terms, and which patches were
+            hidden. While the encoder is frozen the latents are those of use, and there are no terms.
+        """
+        if keys is None:
+            keys = torch.randint(1 << 62, (len(images),), device=images.device)
+        masked = None
+        if corruption.mask_ratio[1] > 0:
+            patches = (images.shape[2] // self.config.patch_size) * (images.shape[3] // self.config.patch_size)
+            masked = patch_mask(fold_in(keys, 0), patches, corruption.mask_ratio)
+        if self.encoder.latent_tokens.requires_grad:
+            latents, losses = self.quantizer(self.encode_pre(images, masked), fold_in(keys, 1), softening)
+        else:
+            with torch.no_grad():
+                latents, losses = self.quantizer.encode(self.encode_pre(images, masked)), {}
+        decoded = noisy(latents, fold_in(keys, 2), corruption.latent_noise) if corruption.latent_noise > 0 else latents
         size = (images.shape[-2], images.shape[-1])
-        return TokenizerOutput(images=self.decode_raw(latents, size), latents=latents, losses=losses)
+        return TokenizerOutput(
+            images=self._decode(decoded[:, :num_tokens], size), latents=latents, losses=losses, masked=masked
+        )
+
+    def freeze_encoder(self) -> None:
+        """Train the decoder alone from now on: encoder and quantizer stay as they are, and so do all latents."""
+        for part in (self.encoder, self.to_latents, self.quantizer):
+            part.requires_grad_(False)
 
     def encode(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch token dim"]:
         """Return normalised latents in float32.
@@ -133,7 +145,7 @@ class ImageTokenizer(nn.Module):
         """Return images for normalised latents; values may lie a little outside [-1, 1].
 
         Args:
-            latents: As `encode` gives them.
+            latents: As `encode` gives them, or, if the config has `min_latent_tokens`, the first ones of those.
             size: Height and width in pixels, divisible by the patch; the config's `image_size` squared by default.
 
         Returns:
@@ -152,17 +164,75 @@ class ImageTokenizer(nn.Module):
         self, latents: Float[Tensor, "batch token dim"], size: tuple[int, int] | None = None
     ) -> Float[Tensor, "batch 3 height width"]:
         """Return images for latents as the quantizer gives them; otherwise like `decode`."""
-        expected = (self.config.num_latent_tokens, self.config.latent_dim)
-        if latents.shape[1:] != expected:
-            raise InputError(f"latents are {list(latents.shape[1:])} for each image, expected {list(expected)}")
+        least, most = self.config.min_latent_tokens, self.config.num_latent_tokens
+        fits = latents.shape[1] == most or (least is not None and least <= latents.shape[1] <= most)
+        if latents.ndim != 3 or not fits or latents.shape[2] != self.config.latent_dim:
+            tokens = most if least is None else f"{least} to {most}"
+            expected = f"[batch, {tokens}, {self.config.latent_dim}]"
+            raise InputError(f"latents are {list(latents.shape)}, expected {expected}")
         size = size or (self.config.image_size, self.config.image_size)
         self._check_size(*size)
-        return self.decoder(self.from_latents(latents.to(self.from_latents.weight.dtype)), size)
+        return self._decode(latents, size)
 
-    def encode_pre(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch token channel"]:
+    def encode_pre(
+        self, images: Float[Tensor, "batch 3 height width"], masked: Bool[Tensor, "batch patch"] | None = None
+    ) -> Float[Tensor, "batch token channel"]:
         """Return what the quantizer sees: the encoder's outputs after the linear layer to its input channels."""
         self._check_images(images)
-        return self.to_latents(self.encoder(images))
+        return self.to_latents(self.encoder(images, masked))
+
+    def encode_indices(self, images: Float[Tensor, "batch 3 height width"]) -> Int[Tensor, "batch token *stage"]:
+        """Return the likeliest codeword of every token.
+
+        Args:
+            images: RGB in [-1, 1]; height and width divisible by the patch.
+
+        Returns:
+            Indices into each token's own codebook. Product and residual quantizers have one for each part or depth, on
+            axes after the token's, the outer wrapper's first.
+
+        Raises:
+            InputError: If the quantizer has no codebook.
+        """
+        return self._codebook().indices(self.encode_pre(images))
+
+    def decode_indices(
+        self, indices: Int[Tensor, "batch token *stage"], size: tuple[int, int] | None = None
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Return images for the codewords themselves: what a hard quantizer decodes, and a soft one comes close to.
+
+        Args:
+            indices: As `encode_indices` gives them.
+            size: Height and width in pixels; the config's `image_size` squared by default.
+
+        Returns:
+            RGB around [-1, 1].
+
+        Raises:
+            InputError: If the quantizer has no codebook, or an index is none of its codewords.
+        """
+        quantizer = self._codebook()
+        codes = getattr(innermost(self.config.quantizer), "codebook_size", 0)
+        if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < codes):
+            raise InputError(f"indices are {int(indices.min())} to {int(indices.max())}, expected 0 to {codes - 1}")
+        return self.decode_raw(quantizer.lookup(indices), size)
+
+    def top_codewords(
+        self, images: Float[Tensor, "batch 3 height width"], k: int = 5
+    ) -> tuple[Int[Tensor, "batch token *stage k"], Float[Tensor, "batch token *stage k"]]:
+        """Return the k likeliest codewords of every token and their probabilities, largest first.
+
+        Args:
+            images: RGB in [-1, 1].
+            k: 1 to the codebook's size.
+
+        Returns:
+            Indices and weights, on axes as `encode_indices` has them.
+
+        Raises:
+            InputError: If the quantizer has no codebook, or not so many codewords.
+        """
+        return self._codebook().top_codewords(self.encode_pre(images), k)
 
     @torch.no_grad()
     def statistics(self, images: Float[Tensor, "batch 3 height width"]) -> dict[str, Tensor]:
@@ -255,6 +325,14 @@ class ImageTokenizer(nn.Module):
                 f"{where}: latent_std holds values of 0 or less, expected deviations; fetch or fit it again"
             )
         return tokenizer.eval()
+
+    def _decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.decoder(self.from_latents(latents.to(self.from_latents.weight.dtype)), size)
+
+    def _codebook(self) -> Any:
+        if not hasattr(self.quantizer, "indices"):
+            raise InputError(f"the quantizer is {self.config.quantizer.kind!r}, which has no codewords to index")
+        return self.quantizer
 
     def _check_images(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 3:

@@ -5,21 +5,22 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from softvq.randomness import normal
 from softvq.tokenizers.codebooks import (
+    CodebookQuantizer,
     check_codebook,
-    check_groups,
     check_positive,
     check_weight,
-    codebook_statistics,
-    entropy_loss,
+    entropy_averages,
+    entropy_of,
     float32,
     group,
-    new_codebook,
-    ungroup,
+    keys_or_fresh,
+    unit,
 )
 
 __all__ = ["KL", "VQ", "KLConfig", "NoneConfig", "Unquantized", "VQConfig"]
@@ -74,7 +75,7 @@ class NoneConfig:
     kind: Literal["none"] = "none"
 
 
-class VQ(nn.Module):
+class VQ(CodebookQuantizer):
     """Each latent is the nearest codeword on the unit sphere; the gradient goes straight through (arXiv:1711.00937).
 
     latent = c_j,  j = argmin_k |z - c_k|
@@ -82,60 +83,53 @@ class VQ(nn.Module):
     """
 
     def __init__(self, config: VQConfig, *, num_latent_tokens: int, latent_dim: int) -> None:
-        super().__init__()
-        check_groups(num_latent_tokens, config.num_codebooks)
+        sizes = {"num_latent_tokens": num_latent_tokens, "latent_dim": latent_dim}
+        super().__init__(config.num_codebooks, config.codebook_size, **sizes)
         self.config = config
-        self.input_dim = latent_dim
-        self.codebook = new_codebook(config.num_codebooks, config.codebook_size, latent_dim)
 
     def forward(
-        self, latents_pre: Float[Tensor, "batch token dim"]
+        self,
+        latents_pre: Float[Tensor, "batch token dim"],
+        keys: Int64[Tensor, " batch"] | None = None,
+        softening: Float[Tensor, ""] | float = 1.0,
     ) -> tuple[Float[Tensor, "batch token dim"], dict[str, Tensor]]:
-        """Return the nearest codewords, straight through, and the codebook, commitment and entropy terms."""
+        """Return the nearest codewords, straight through, and the codebook, commitment and entropy terms.
+
+        Args:
+            latents_pre: The encoder's outputs.
+            keys: Not used: nothing is random here.
+            softening: Not used: the posterior is one-hot.
+
+        Returns:
+            Latents, and the loss terms by name.
+        """
         config = self.config
         with float32(latents_pre):
-            unit = F.normalize(latents_pre.float(), dim=-1)
-            codewords = self.lookup(self.indices(latents_pre))
+            units, codewords = unit(latents_pre), self.encode(latents_pre)
             losses = {
-                "codebook": config.codebook_weight * F.mse_loss(codewords, unit.detach()),
-                "commitment": config.commitment_weight * F.mse_loss(unit, codewords.detach()),
+                "codebook": config.codebook_weight * F.mse_loss(codewords, units.detach()),
+                "commitment": config.commitment_weight * F.mse_loss(units, codewords.detach()),
             }
             if config.entropy_weight:
-                losses["entropy"] = config.entropy_weight * checkpoint(
-                    self._entropy_loss, latents_pre, use_reentrant=False
-                )
-            return unit + (codewords - unit).detach(), losses
+                averages = checkpoint(self._entropy, latents_pre, use_reentrant=False, preserve_rng_state=False)
+                losses["entropy"] = config.entropy_weight * entropy_of(*averages)
+            return units + (codewords - units).detach(), losses
 
     def encode(self, latents_pre: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch token dim"]:
         """Return the nearest codeword of every token, a unit vector."""
         with float32(latents_pre):
             return self.lookup(self.indices(latents_pre))
 
-    def indices(self, latents_pre: Float[Tensor, "batch token dim"]) -> Int[Tensor, "batch token"]:
-        """Return the nearest codeword of every token, an index into its own codebook."""
-        with torch.no_grad(), float32(latents_pre):
-            return ungroup(self._logits(latents_pre).argmax(dim=-1, keepdim=True), len(latents_pre))[..., 0]
-
-    def lookup(self, indices: Int[Tensor, "batch token"]) -> Float[Tensor, "batch token dim"]:
-        """Return the unit codewords that `indices` name."""
-        groups = group(indices[..., None], self.config.num_codebooks)
-        codewords = F.normalize(self.codebook.float(), dim=-1)
-        return ungroup(codewords.gather(1, groups.expand(-1, -1, codewords.shape[-1])), len(indices))
-
-    def statistics(self, latents_pre: Float[Tensor, "batch token dim"]) -> dict[str, Tensor]:
-        """Return usage and perplexity; the posterior is one-hot."""
-        with torch.no_grad(), float32(latents_pre):
-            logits = self._logits(latents_pre)
-            return codebook_statistics(F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float())
-
     def _logits(self, latents_pre: Tensor) -> Tensor:
         """Minus the squared distance on the unit sphere, up to the constant 2."""
-        groups = group(F.normalize(latents_pre.float(), dim=-1), self.config.num_codebooks)
-        return 2 * groups @ F.normalize(self.codebook.float(), dim=-1).mT
+        return 2 * group(unit(latents_pre), self.num_codebooks) @ self._codewords().mT
 
-    def _entropy_loss(self, latents_pre: Tensor) -> Tensor:
+    def _posterior(self, logits: Tensor) -> Tensor:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+
+    def _entropy(self, latents_pre: Tensor) -> tuple[Tensor, Tensor]:
         with float32(latents_pre):
-            return entropy_loss(self._logits(latents_pre).flatten(0, 1)[None] / self.config.entropy_temperature)
+            return entropy_averages(self._logits(latents_pre) / self.config.entropy_temperature, pooled=True)
 
 
 class KL(nn.Module):
@@ -150,11 +144,24 @@ class KL(nn.Module):
         self.input_dim = 2 * latent_dim
 
     def forward(
-        self, latents_pre: Float[Tensor, "batch token channel"]
+        self,
+        latents_pre: Float[Tensor, "batch token channel"],
+        keys: Int64[Tensor, " batch"] | None = None,
+        softening: Float[Tensor, ""] | float = 1.0,
     ) -> tuple[Float[Tensor, "batch token dim"], dict[str, Tensor]]:
-        """Return one draw of every latent and the divergence."""
+        """Return one draw of every latent and the divergence.
+
+        Args:
+            latents_pre: The encoder's outputs.
+            keys: Of the samples' noise; None draws new ones.
+            softening: Not used: there is no temperature.
+
+        Returns:
+            Latents, and the loss terms by name.
+        """
         mean, log_variance = self.moments(latents_pre)
-        latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        noise = normal(keys_or_fresh(keys, latents_pre), *mean.shape[1:])
+        latents = mean + (0.5 * log_variance).exp() * noise
         return latents, {"kl": self.config.kl_weight * _divergence(mean, log_variance).mean()}
 
     def encode(self, latents_pre: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch token dim"]:
@@ -172,6 +179,10 @@ class KL(nn.Module):
         """Return the divergence from the standard normal in nats, summed over each image's latents."""
         return _divergence(*self.moments(latents_pre))
 
+    def averages(self, latents_pre: Float[Tensor, "batch token channel"]) -> dict[str, Tensor]:
+        """Return nothing: there is no codebook."""
+        return {}
+
     def statistics(self, latents_pre: Float[Tensor, "batch token channel"]) -> dict[str, Tensor]:
         """Return nothing: there is no codebook."""
         return {}
@@ -185,14 +196,30 @@ class Unquantized(nn.Module):
         self.input_dim = latent_dim
 
     def forward(
-        self, latents_pre: Float[Tensor, "batch token dim"]
+        self,
+        latents_pre: Float[Tensor, "batch token dim"],
+        keys: Int64[Tensor, " batch"] | None = None,
+        softening: Float[Tensor, ""] | float = 1.0,
     ) -> tuple[Float[Tensor, "batch token dim"], dict[str, Tensor]]:
-        """Return the encoder's outputs in float32 and no loss terms."""
+        """Return the encoder's outputs in float32 and no loss terms.
+
+        Args:
+            latents_pre: The encoder's outputs.
+            keys: Not used: nothing is random here.
+            softening: Not used: there is no temperature.
+
+        Returns:
+            Latents and an empty dictionary.
+        """
         return latents_pre.float(), {}
 
     def encode(self, latents_pre: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch token dim"]:
         """Return the encoder's outputs in float32."""
         return latents_pre.float()
+
+    def averages(self, latents_pre: Float[Tensor, "batch token dim"]) -> dict[str, Tensor]:
+        """Return nothing: there is no codebook."""
+        return {}
 
     def statistics(self, latents_pre: Float[Tensor, "batch token dim"]) -> dict[str, Tensor]:
         """Return nothing: there is no codebook."""

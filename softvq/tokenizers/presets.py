@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 from softvq.errors import InputError
-from softvq.tokenizers.autoencoder import TokenizerConfig
+from softvq.tokenizers.config import TokenizerConfig
 from softvq.tokenizers.quantizers import SoftVQConfig
 from softvq.tokenizers.vit import ViTConfig
 

@@ -5,21 +5,21 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float, Int64
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from softvq.tokenizers.codebooks import (
+    CodebookQuantizer,
     check_codebook,
-    check_groups,
     check_positive,
     check_weight,
-    codebook_statistics,
-    entropy_loss,
+    entropy_averages,
+    entropy_of,
     float32,
     group,
-    new_codebook,
     ungroup,
+    unit,
 )
 
 __all__ = ["SoftVQ", "SoftVQConfig"]
@@ -54,7 +54,7 @@ class SoftVQConfig:
         check_weight(entropy_weight=self.entropy_weight)
 
 
-class SoftVQ(nn.Module):
+class SoftVQ(CodebookQuantizer):
     """Each latent is its posterior's mean over the codewords: differentiable, continuous, with no codebook loss.
 
         q(c_k | z) = softmax_k(s(z, c_k) / temperature)        arXiv:2412.10958, Eq. 4
@@ -70,74 +70,64 @@ class SoftVQ(nn.Module):
     """
 
     def __init__(self, config: SoftVQConfig, *, num_latent_tokens: int, latent_dim: int) -> None:
-        super().__init__()
-        check_groups(num_latent_tokens, config.num_codebooks)
+        sizes = {"num_latent_tokens": num_latent_tokens, "latent_dim": latent_dim}
+        super().__init__(config.num_codebooks, config.codebook_size, **sizes)
         self.config = config
-        self.input_dim = latent_dim
-        self.codebook = new_codebook(config.num_codebooks, config.codebook_size, latent_dim)
 
     def forward(
-        self, latents_pre: Float[Tensor, "batch token dim"]
+        self,
+        latents_pre: Float[Tensor, "batch token dim"],
+        keys: Int64[Tensor, " batch"] | None = None,
+        softening: Float[Tensor, ""] | float = 1.0,
     ) -> tuple[Float[Tensor, "batch token dim"], dict[str, Tensor]]:
         """Return the mixtures of codewords and, where it has weight, the entropy regulariser.
 
         The posterior is computed again in the backward pass rather than kept until then.
+
+        Args:
+            latents_pre: The encoder's outputs.
+            keys: Not used: nothing is random here.
+            softening: Multiplies the temperature.
+
+        Returns:
+            Latents, and the loss terms by name.
         """
-        latents, entropy = checkpoint(self._train, latents_pre, use_reentrant=False, preserve_rng_state=False)
-        return latents, {} if entropy is None else {"entropy": entropy}
+        latents, averages = checkpoint(
+            self._train, latents_pre, softening, use_reentrant=False, preserve_rng_state=False
+        )
+        return latents, {} if averages is None else {"entropy": self.config.entropy_weight * entropy_of(*averages)}
 
     def encode(self, latents_pre: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch token dim"]:
         """Return the mixture of codewords of every token."""
+        if self.config.similarity == "euclidean":
+            return super().encode(latents_pre)
         with float32(latents_pre):
-            if self.config.similarity == "euclidean":
-                return self._mixtures(*self._similarities(latents_pre), len(latents_pre))
-            queries, codewords = self._vectors(latents_pre)
+            queries, codewords = group(unit(latents_pre), self.num_codebooks), self._codewords()
             scale = 1 / self.config.temperature
             mixtures = F.scaled_dot_product_attention(queries[None], codewords[None], codewords[None], scale=scale)
             return ungroup(mixtures[0], len(latents_pre))
 
-    def posterior(self, latents_pre: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch token code"]:
-        """Return `q(c_k | z)` of every token over the codewords of its own codebook; rows sum to 1."""
-        with float32(latents_pre):
-            return ungroup(self._grouped_posterior(latents_pre), len(latents_pre))
-
-    def indices(self, latents_pre: Float[Tensor, "batch token dim"]) -> Int[Tensor, "batch token"]:
-        """Return the likeliest codeword of every token, an index into its own codebook."""
-        with torch.no_grad(), float32(latents_pre):
-            similarities, _ = self._similarities(latents_pre)
-            return ungroup(similarities.argmax(dim=-1, keepdim=True), len(latents_pre))[..., 0]
-
-    def statistics(self, latents_pre: Float[Tensor, "batch token dim"]) -> dict[str, Tensor]:
-        """Return usage, perplexity, posterior entropy and largest probability."""
-        with torch.no_grad(), float32(latents_pre):
-            return codebook_statistics(self._grouped_posterior(latents_pre))
-
-    def _train(self, latents_pre: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _train(self, latents_pre: Tensor, softening: Tensor | float) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         config = self.config
         with float32(latents_pre):
-            similarities, codewords = self._similarities(latents_pre)
-            latents = self._mixtures(similarities, codewords, len(latents_pre))
+            codewords = self._codewords()
+            similarities = self._similarities(latents_pre, codewords)
+            posterior = (similarities / (config.temperature * softening)).softmax(dim=-1)
+            latents = ungroup(posterior @ codewords, len(latents_pre))
             if config.entropy_weight == 0:
                 return latents, None
-            logits = similarities / config.entropy_temperature
-            logits = logits if config.entropy_per_codebook else logits.flatten(0, 1)[None]
-            return latents, config.entropy_weight * entropy_loss(logits)
+            pooled = not config.entropy_per_codebook
+            return latents, entropy_averages(similarities / config.entropy_temperature, pooled=pooled)
 
-    def _similarities(self, latents_pre: Tensor) -> tuple[Tensor, Tensor]:
-        """Return s(z, c_k), [codebook, sample, code], and the codewords."""
-        queries, codewords = self._vectors(latents_pre)
-        keys = codewords.detach() if self.config.detach_logits else codewords
-        return queries @ keys.mT if self.config.similarity == "cosine" else -torch.cdist(queries, keys), codewords
-
-    def _mixtures(self, similarities: Tensor, codewords: Tensor, batch: int) -> Tensor:
-        return ungroup((similarities / self.config.temperature).softmax(dim=-1) @ codewords, batch)
-
-    def _grouped_posterior(self, latents_pre: Tensor) -> Tensor:
-        similarities, _ = self._similarities(latents_pre)
-        return (similarities / self.config.temperature).softmax(dim=-1)
-
-    def _vectors(self, latents_pre: Tensor) -> tuple[Tensor, Tensor]:
-        queries, codewords = group(latents_pre.float(), self.config.num_codebooks), self.codebook.float()
+    def _similarities(self, latents_pre: Tensor, codewords: Tensor) -> Tensor:
+        """Return s(z, c_k), [codebook, sample, code]."""
+        codewords = codewords.detach() if self.config.detach_logits else codewords
         if self.config.similarity == "cosine":
-            return F.normalize(queries, dim=-1), F.normalize(codewords, dim=-1)
-        return queries, codewords
+            return group(unit(latents_pre), self.num_codebooks) @ codewords.mT
+        return -torch.cdist(group(latents_pre.float(), self.num_codebooks), codewords)
+
+    def _logits(self, latents_pre: Tensor) -> Tensor:
+        return self._similarities(latents_pre, self._codewords()) / self.config.temperature
+
+    def _codewords(self) -> Tensor:
+        return unit(self.codebook) if self.config.similarity == "cosine" else self.codebook.float()

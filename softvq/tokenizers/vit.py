@@ -11,14 +11,14 @@ from typing import Literal
 import timm
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from timm.layers import LayerNorm, PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from softvq.errors import InputError
 
-__all__ = ["ViTConfig", "ViTDecoder", "ViTEncoder", "load_timm_weights"]
+__all__ = ["FeatureDecoder", "ViTConfig", "ViTDecoder", "ViTEncoder", "load_timm_weights"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,12 +73,21 @@ class ViTEncoder(nn.Module):
         if config.init == "local":
             _start_local(self)
 
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch token channel"]:
-        """Encode images of any height and width divisible by the patch into the same number of tokens."""
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"], masked: Bool[Tensor, "batch patch"] | None = None
+    ) -> Float[Tensor, "batch token channel"]:
+        """Encode images of any height and width divisible by the patch into the same number of tokens.
+
+        Of a `masked` patch only the position is seen. Its content is zero, which no patch's is, so that masking in
+        training needs no learned token that every saved model would carry along.
+        """
         batch, _, height, width = images.shape
-        patches = (height // self.patch_size, width // self.patch_size)
-        positions = _positions(self.pos_embed, self.grid, patches)
-        image_tokens = torch.cat([self.cls_token.expand(batch, -1, -1), self.patch_embed(images)], dim=1) + positions
+        grid = (height // self.patch_size, width // self.patch_size)
+        positions = _positions(self.pos_embed, self.grid, grid)
+        patches = self.patch_embed(images)
+        if masked is not None:
+            patches = patches.masked_fill(masked[..., None], 0)
+        image_tokens = torch.cat([self.cls_token.expand(batch, -1, -1), patches], dim=1) + positions
         latent_tokens = (self.latent_tokens + self.latent_pos_embed).expand(batch, -1, -1)
         tokens = self.blocks(torch.cat([image_tokens, latent_tokens.to(image_tokens.dtype)], dim=1))
         return self.norm(tokens[:, -self.num_latent_tokens :])
@@ -104,16 +113,55 @@ class ViTDecoder(nn.Module):
     def forward(
         self, latent_tokens: Float[Tensor, "batch token channel"], size: tuple[int, int]
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Paint images of `size` = (height, width) in pixels, divisible by the patch; values are not clamped."""
+        """Paint images of `size` = (height, width) in pixels, divisible by the patch; values are not clamped.
+
+        The latent tokens may be the first few of all.
+        """
         rows, columns = size[0] // self.patch_size, size[1] // self.patch_size
-        positions = _positions(self.pos_embed, self.grid, (rows, columns))
-        image_tokens = torch.cat([self.cls_token, self.mask_token.expand(-1, rows * columns, -1)], dim=1) + positions
-        latent_tokens = latent_tokens + self.latent_pos_embed
-        image_tokens = image_tokens.to(latent_tokens.dtype).expand(len(latent_tokens), -1, -1)
-        tokens = self.blocks(torch.cat([image_tokens, latent_tokens], dim=1))
-        patches = self.to_pixels(self.norm(tokens[:, 1 : 1 + rows * columns]))
+        patches = self.to_pixels(self.patch_tokens(latent_tokens, (rows, columns)))
         patches = patches.reshape(-1, rows, columns, self.patch_size, self.patch_size, 3)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, *size)
+
+    def patch_tokens(
+        self, latent_tokens: Float[Tensor, "batch token channel"], grid: tuple[int, int]
+    ) -> Float[Tensor, "batch patch channel"]:
+        """Return what the mask tokens of a grid of (rows, columns) patches have become, before the pixels."""
+        rows, columns = grid
+        positions = _positions(self.pos_embed, self.grid, grid)
+        image_tokens = torch.cat([self.cls_token, self.mask_token.expand(-1, rows * columns, -1)], dim=1) + positions
+        latent_tokens = latent_tokens + self.latent_pos_embed[:, : latent_tokens.shape[1]]
+        image_tokens = image_tokens.to(latent_tokens.dtype).expand(len(latent_tokens), -1, -1)
+        tokens = self.blocks(torch.cat([image_tokens, latent_tokens], dim=1))
+        return self.norm(tokens[:, 1 : 1 + rows * columns])
+
+
+class FeatureDecoder(nn.Module):
+    """Latents in, a vision encoder's patch features out: what training may ask of latents besides the pixels.
+
+    A shallow decoder of the same build (MAETok, arXiv:2502.03444, section 3.2); no part of the tokenizer that is saved.
+    """
+
+    def __init__(
+        self,
+        config: ViTConfig,
+        *,
+        image_size: int,
+        patch_size: int,
+        num_latent_tokens: int,
+        latent_dim: int,
+        features: int,
+    ) -> None:
+        super().__init__()
+        sizes = {"image_size": image_size, "patch_size": patch_size, "num_latent_tokens": num_latent_tokens}
+        self.from_latents = nn.Linear(latent_dim, config.width)
+        self.vit = ViTDecoder(config, **sizes)
+        self.vit.to_pixels = nn.Linear(config.width, features)
+
+    def forward(
+        self, latents: Float[Tensor, "batch token dim"], grid: tuple[int, int]
+    ) -> Float[Tensor, "batch patch feature"]:
+        """Return one prediction for each place of a grid of (rows, columns), in raster order."""
+        return self.vit.to_pixels(self.vit.patch_tokens(self.from_latents(latents), grid))
 
 
 def load_timm_weights(vit: ViTEncoder | ViTDecoder, name: str, *, pretrained: bool = True) -> str:

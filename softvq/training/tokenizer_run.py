@@ -12,6 +12,7 @@ A run folder holds
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import platform
@@ -26,23 +27,20 @@ from torch import Tensor
 
 import softvq
 from softvq.config import from_dict, read_json, read_yaml, to_dict, to_yaml
-from softvq.data.folder import Batch, DataConfig, PhotoFolder, batches
+from softvq.data.folder import Batch, PhotoFolder, batches
 from softvq.data.images import center_crop, find_images, read_image, to_image, to_tensor
 from softvq.errors import InputError
 from softvq.files import replacing, write_json, write_text
-from softvq.losses.perceptual import load_perceptual
-from softvq.randomness import manual_seed
 from softvq.ranks import is_main, rank, world_size
-from softvq.tokenizers.autoencoder import ImageTokenizer, TokenizerConfig
-from softvq.tokenizers.presets import preset
+from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.training import checkpoint as checkpoints
 from softvq.training import distributed
-from softvq.training.optim import OptimConfig
-from softvq.training.tasks import LossConfig, TokenizerTask
+from softvq.training.tokenizer_recipe import TokenizerRunConfig, build_task
+from softvq.training.tokenizer_task import TokenizerTask
 from softvq.training.tracking import run_status
-from softvq.training.trainer import TrainConfig, Trainer
+from softvq.training.trainer import Trainer
 
-__all__ = ["TokenizerRunConfig", "expand_preset", "train_tokenizer"]
+__all__ = ["train_tokenizer"]
 
 NUM_STATISTICS_IMAGES = 512
 NUM_SAMPLES = 8
@@ -52,56 +50,6 @@ FREE_FIELDS = {
     *(f"train.{name}" for name in ("device", "log_every", "save_every", "sample_every", "keep", "tensorboard")),
 }
 """What a resumed run may change, because it alters nothing that is computed; photographs count by name and size."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TokenizerRunConfig:
-    """Everything that determines a tokenizer's training."""
-
-    model: TokenizerConfig
-    """The architecture."""
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    """The photographs to train on."""
-    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
-    """What to minimise."""
-    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-    """How to update."""
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    """How long, and how often to save."""
-    held_out: str | None = None
-    """Folder of photographs for the sample grids, which show the first; null takes the training set's."""
-    seed: int = 0
-    """Decides the initial weights, the order of the photographs, crops, flips, and everything else that is drawn."""
-
-    def __post_init__(self) -> None:
-        """Refuse combinations that do not fit."""
-        size, smaller = self.model.image_size, self.loss.perceptual_size
-        if smaller is not None and (size % smaller or smaller > size):
-            raise InputError(f"loss.perceptual_size is {smaller}, expected a divisor of model.image_size ({size})")
-
-
-def expand_preset(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the plain data of a run with `model: {preset: NAME, ...}` written out; fields beside it overrule it.
-
-    >>> expand_preset({"model": {"preset": "softvq-s-64", "latent_dim": 16}})["model"]["latent_dim"]
-    16
-
-    Args:
-        data: A run as YAML gives it, whole or not.
-
-    Returns:
-        What `from_dict(TokenizerRunConfig, ...)` takes.
-
-    Raises:
-        InputError: If there is no such preset.
-    """
-    model = data.get("model")
-    if not isinstance(model, dict) or "preset" not in model:
-        return dict(data)
-    fields = {name: value for name, value in model.items() if name != "preset"}
-    if not isinstance(model["preset"], str):
-        raise InputError(f"model.preset is {model['preset']!r}, expected a name such as 'softvq-s-64'")
-    return {**data, "model": _merged(to_dict(preset(model["preset"])), fields)}
 
 
 def train_tokenizer(
@@ -203,21 +151,19 @@ def _check_config(run: Path, config: TokenizerRunConfig) -> None:
 
 
 def _build(config: TokenizerRunConfig, run: Path, console: Console, fresh: bool) -> Trainer:
-    manual_seed(config.seed, "init")
-    tokenizer = ImageTokenizer(config.model)
-    for sentence in tokenizer.load_backbones() if fresh else ():
-        _say(console, sentence)
-    perceptual = load_perceptual(config.loss.perceptual_weights) if config.loss.perceptual_weight > 0 else None
+    device = distributed.choose_device(config.train.device)
+    task = build_task(config, device, fresh=fresh, say=functools.partial(_say, console))
     sampled = is_main() and config.train.sample_every > 0
     return Trainer(
-        TokenizerTask(tokenizer, config.loss, perceptual),
+        task,
         run,
         config.train,
         config.optim,
         seed=config.seed,
         console=console,
+        critic_optim=config.loss.adversarial.optim if config.loss.adversarial is not None else None,
         info={"config_sha256": _hash(config), "versions": _versions()},
-        sample=_sampler(tokenizer, _first_images(config), run / "samples") if sampled else None,
+        sample=_sampler(task.tokenizer, _first_images(config), run / "samples") if sampled else None,
     )
 
 
@@ -231,8 +177,7 @@ def _sampler(
         with replacing(folder / f"step-{step:08d}.png") as temporary:
             to_image(torch.cat(rows, dim=1)).save(temporary, format="PNG")
         errors = (pictures - originals).square().mean(dim=(1, 2, 3))
-        psnr = (10 * torch.log10(4 / errors)).mean()  # the range from -1 to 1 is 2 wide
-        return {"psnr": float(psnr), **{name: float(value) for name, value in tokenizer.statistics(originals).items()}}
+        return {"psnr": float((10 * torch.log10(4 / errors)).mean())}  # the range from -1 to 1 is 2 wide
 
     return sample
 
@@ -255,16 +200,17 @@ def _first_images(config: TokenizerRunConfig) -> Float[Tensor, "batch 3 height w
 
 def _export(trainer: Trainer, config: TokenizerRunConfig, folder: Path) -> None:
     """Save the averaged weights, with latent statistics fitted on photographs from all over the data set."""
-    tokenizer = trainer.task.model
-    assert isinstance(tokenizer, ImageTokenizer)
+    assert isinstance(trainer.task, TokenizerTask)
     assert config.data.path is not None
+    tokenizer = trainer.task.tokenizer
     plain = dataclasses.replace(config.data, crop="center", flip=False)
     photographs = PhotoFolder(config.data.path, config.model.image_size, plain, config.seed)
     count = min(len(photographs), NUM_STATISTICS_IMAGES)
     size = min(count, config.train.batch_size)
     with trainer.averaged():
         stream = batches(photographs, size, 0, -(-count // size), config.data.num_workers)
-        tokenizer.fit_statistics(batch.images for batch in stream)
+        if not config.decoder_only:  # otherwise the latents, and files of them, stay valid
+            tokenizer.fit_statistics(batch.images for batch in stream)
         tokenizer.save_pretrained(folder)
 
 
@@ -290,21 +236,6 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in data.items():
         flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
     return flat
-
-
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for name, value in changes.items():
-        group = merged.get(name)
-        other_kind = (
-            isinstance(value, dict)
-            and isinstance(group, dict)
-            and value.get("kind", group.get("kind")) != group.get("kind")
-        )
-        if isinstance(value, dict) and isinstance(group, dict) and not other_kind:
-            value = _merged(group, value)
-        merged[name] = value
-    return merged
 
 
 def _say(console: Console, text: str) -> None:

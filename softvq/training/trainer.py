@@ -4,6 +4,7 @@ Everything random is keyed by the seed and the step, so a checkpoint holds tenso
 killed and resumed equals one that never stopped.
 """
 
+import collections
 import contextlib
 import dataclasses
 import time
@@ -19,14 +20,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from softvq.errors import InputError, Interrupted, RunError
 from softvq.randomness import manual_seed
-from softvq.ranks import is_main, world_size
+from softvq.ranks import is_main, mean_over_ranks, world_size
 from softvq.training import checkpoint as checkpoints
 from softvq.training import distributed
 from softvq.training.checkpoint import Checkpoint
 from softvq.training.optim import Ema, OptimConfig, Optimizer, copy_named, learning_rate
+from softvq.training.task import Task, split
 from softvq.training.tracking import Display, RunLog, TensorBoard
 
-__all__ = ["Task", "TrainConfig", "Trainer", "split"]
+__all__ = ["TrainConfig", "Trainer"]
 
 MAX_BATCH_SIZE = 1 << 20
 
@@ -75,31 +77,6 @@ class TrainConfig:
             raise InputError(f"ema_decay is {self.ema_decay}, expected at least 0 and below 1")
 
 
-class Task(nn.Module):
-    """What is learned from a batch; knows nothing of devices, precision, ranks or logs.
-
-    A subclass sets `model`, the network that is trained, averaged and saved, and defines `forward`.
-    """
-
-    model: nn.Module
-
-    def forward(self, batch: Any, step: int) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """Return the loss and a report.
-
-        Args:
-            batch: A dataclass of tensors whose first dimension is the sample.
-            step: Finished updates; everything scheduled depends on it alone.
-
-        Returns:
-            The mean over the samples of what to minimise, and scalars for people.
-        """
-        raise NotImplementedError
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the parts that take the time, in place; the step, a Python number, stays outside."""
-        self.model.compile(*args, **kwargs)
-
-
 class Trainer:
     """Runs a task for a number of steps.
 
@@ -110,6 +87,7 @@ class Trainer:
         optim: How to update.
         seed: Of the run.
         console: For people; silent on all ranks but the first.
+        critic_optim: How to update the task's critic, if it has one; as `optim` by default.
         info: What to remember in every checkpoint, as JSON takes it.
         sample: Called on the first rank with the step, in evaluation mode and with the averaged weights in place;
             returns numbers for the log.
@@ -124,6 +102,7 @@ class Trainer:
         *,
         seed: int,
         console: Console,
+        critic_optim: OptimConfig | None = None,
         info: Mapping[str, Any] | None = None,
         sample: Callable[[int], dict[str, float]] | None = None,
     ) -> None:
@@ -140,13 +119,16 @@ class Trainer:
         self.saved: Checkpoint | None = None
         self.optimizer = Optimizer(task.model, optim, config.steps)
         self.ema = Ema(task.model, config.ema_decay)
+        self.critic_optimizer = None
+        if task.critic is not None:
+            task.critic.to(self.device)
+            self.critic_optimizer = Optimizer(task.critic, critic_optim or optim, config.steps)
         self._failed_at = torch.full((), -1, device=self.device)  # the first update that was not finite
+        self._warned: set[str] = set()
         if config.compile:
             task.compile()
-        self._parallel: nn.Module = task
-        if world_size() > 1:
-            devices = [self.device] if self.device.type == "cuda" else None
-            self._parallel = DistributedDataParallel(task, device_ids=devices, broadcast_buffers=False)
+        self._parallel = self._distributed(task)
+        self._parallel_critic = None if task.critic is None else self._distributed(task.critic)
 
     def fit(self, batches: Callable[[int, int], Iterator[Any]]) -> None:
         """Train from the present step to the last.
@@ -168,13 +150,13 @@ class Trainer:
             stream = batches(self.step, self.config.steps - self.step)
             while self.step < self.config.steps and not distributed.any_rank(stop.name is not None):
                 batch = next(stream)
-                report = self._update(batch)
+                report = self.update(batch)
                 self.step += 1
-                self._check_finite()
+                self._check_now_and_then()
                 display.advance(self.step)
                 self._note_skipped(batch, log)
                 if self._due(self.config.log_every):
-                    self._log(report, pace, log, board, display)
+                    self._log({**report, **self._health(batch)}, pace, log, board, display)
                 if self.sample and log and self._due(self.config.sample_every):
                     self._sample(log)
                 if self._due(self.config.save_every):
@@ -188,41 +170,70 @@ class Trainer:
             where = f"saved at step {self.saved.step}" if self.saved else "nothing was saved yet"
             raise Interrupted(f"{self.run}: stopped by {stop.name} at step {self.step}, {where}; resume to go on")
 
-    def _update(self, batch: Any) -> dict[str, Tensor]:
-        """Make one update; return its report, which stays on the device."""
+    def update(self, batch: Any) -> dict[str, Tensor]:
+        """Make one update, leaving `step` as it is.
+
+        Args:
+            batch: This rank's part of it.
+
+        Returns:
+            The losses and other scalars, which stay on the device.
+
+        Raises:
+            RunError: If the memory of a GPU does not suffice.
+        """
         manual_seed(self.seed, "model", self.step)
         report: dict[str, Tensor] = {}
         parts = split(batch, self.config.accumulate, self.device)
+        optimizers = {"grad_norm": self.optimizer}
+        if self.critic_optimizer is not None and self.task.critic_counts(self.step):
+            optimizers["critic_grad_norm"] = self.critic_optimizer
         try:
             for number, part in enumerate(parts, 1):
-                with self._gradients_stay_here(number < len(parts)):
-                    with self.autocast():
-                        loss, terms = self._parallel(part, self.step)
-                    (loss / len(parts)).backward()
-                for name, value in {"loss": loss, **terms}.items():
+                losses, terms = self._differentiate(part, last=number == len(parts), judged=len(optimizers) > 1)
+                for name, value in {**losses, **terms}.items():
                     report[name] = report.get(name, 0) + value.detach() / len(parts)
         except torch.OutOfMemoryError as error:
             message = f"step {self.step + 1}: the GPU is out of memory; raise train.accumulate and resume"
             raise RunError(message) from error
-        report["grad_norm"] = self.optimizer.clip_gradients()
-        self.optimizer.update(self.step, self._guard(report["loss"], report["grad_norm"]))
+        report |= {name: optimizer.clip_gradients() for name, optimizer in optimizers.items()}
+        skip = self._guard([report[name] for name in ("loss", "critic_loss", *optimizers) if name in report])
+        for optimizer in optimizers.values():
+            optimizer.update(self.step, skip)
         self.ema.update(self.step + 1)
         return report
 
-    def _guard(self, loss: Float[Tensor, ""], grad_norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    def _differentiate(self, part: Any, *, last: bool, judged: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Add a micro-batch's gradients, the critic's after the model's, whose activations are free by then."""
+        share = self.config.accumulate
+        with self._gradients_stay_here(self._parallel, not last):
+            with self.autocast():
+                loss, terms, made = self._parallel(part, self.step)
+            (loss / share).backward()
+        losses = {"loss": loss.detach()}
+        if judged and self._parallel_critic is not None:
+            with self._gradients_stay_here(self._parallel_critic, not last):
+                with self.autocast():
+                    loss, more = self._parallel_critic(*made)
+                (loss / share).backward()
+            losses["critic_loss"], terms = loss.detach(), {**terms, **more}
+        return losses, terms
+
+    def _guard(self, values: list[Tensor]) -> Float[Tensor, ""]:
         """Return 1 from the first update on that is not finite, so that it and those after it change nothing."""
-        bad = distributed.max_over_ranks((~(loss.isfinite() & grad_norm.isfinite())).float())
+        bad = distributed.max_over_ranks((~torch.stack(values).isfinite().all()).float())
         first = (self._failed_at < 0) & (bad > 0)
         self._failed_at = torch.where(first, self.step, self._failed_at)
         return (self._failed_at >= 0).float()
 
-    def _check_finite(self) -> None:
+    def _check_now_and_then(self) -> None:
         """Stop if an update was not finite; on a GPU, where looking means waiting, only before something is kept."""
         keeping = (self.config.log_every, self.config.save_every, self.config.sample_every)
         if self.device.type == "cpu" or any(self._due(every) for every in keeping):
-            self._refuse_failed()
+            self.check_finite()
 
-    def _refuse_failed(self) -> None:
+    def check_finite(self) -> None:
+        """Raise a RunError if an update was not finite; this waits for the device."""
         failed = int(self._failed_at)
         if failed >= 0:
             first = failed * self.config.batch_size
@@ -238,6 +249,10 @@ class Trainer:
         self, report: dict[str, Tensor], pace: "_Pace", log: RunLog | None, board: TensorBoard | None, display: Display
     ) -> None:
         values = distributed.reduce_mean(report)
+        for kind, sentence in self.task.warnings(values).items():
+            if kind not in self._warned:
+                self.warn(f"step {self.step}: {sentence}")
+            self._warned.add(kind)
         values["lr"] = learning_rate(self.optim, self.step - 1, self.config.steps)
         seconds_per_step = pace.seconds_per_step(self.step)
         images_per_sec = self.config.batch_size / seconds_per_step
@@ -272,7 +287,7 @@ class Trainer:
         Raises:
             RunError: If the checkpoint that fails is the last one of the run, or an update before was not finite.
         """
-        self._refuse_failed()
+        self.check_finite()
         if not is_main() or (self.saved and self.saved.step == self.step):
             return
         if log:
@@ -287,6 +302,8 @@ class Trainer:
     def state(self) -> dict[str, Tensor]:
         """Return every tensor a run is made of, by name."""
         parts = {"model": self.task.model.state_dict(), "optimizer": self.optimizer.state(), "ema": self.ema.state()}
+        if self.task.critic is not None and self.critic_optimizer is not None:
+            parts |= {"critic": self.task.critic.state_dict(), "critic_optimizer": self.critic_optimizer.state()}
         return {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
 
     def restore(self, saved: Checkpoint) -> dict[str, Any]:
@@ -302,13 +319,17 @@ class Trainer:
             RunError: If it is not of this model.
         """
         tensors, info = checkpoints.load(saved)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "ema": {}}
+        parts: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
         for name, value in tensors.items():
             part, _, name = name.partition(".")
             parts[part][name] = value
         copy_named(self.task.model.state_dict(), parts["model"], "model")
         self.optimizer.load_state(parts["optimizer"])
         self.ema.load_state(parts["ema"])
+        critic = {} if self.task.critic is None else self.task.critic.state_dict()
+        copy_named(critic, parts["critic"], "critic")
+        if self.critic_optimizer is not None and parts["critic_optimizer"]:  # without, it has not begun
+            self.critic_optimizer.load_state(parts["critic_optimizer"])
         self.step, self.saved = saved.step, saved
         return info
 
@@ -335,26 +356,27 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
-    def _gradients_stay_here(self, wanted: bool) -> contextlib.AbstractContextManager[object]:
-        if wanted and isinstance(self._parallel, DistributedDataParallel):
-            return self._parallel.no_sync()
+    def _distributed(self, module: nn.Module) -> nn.Module:
+        if world_size() == 1:
+            return module
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+
+    def _gradients_stay_here(self, module: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[object]:
+        if wanted and isinstance(module, DistributedDataParallel):
+            return module.no_sync()
         return contextlib.nullcontext()
 
-
-def split(batch: Any, parts: int, device: torch.device) -> list[Any]:
-    """Return a batch on a device, in equal parts along the samples.
-
-    Args:
-        batch: A dataclass; its tensors are split, its other fields repeated.
-        parts: A divisor of the number of samples.
-        device: Where to.
-
-    Returns:
-        As many batches of the same kind.
-    """
-    names = [field.name for field in dataclasses.fields(batch) if isinstance(getattr(batch, field.name), Tensor)]
-    columns = {name: getattr(batch, name).to(device, non_blocking=True).chunk(parts) for name in names}
-    return [dataclasses.replace(batch, **{name: columns[name][i] for name in names}) for i in range(parts)]
+    @torch.no_grad()
+    def _health(self, batch: Any) -> dict[str, Tensor]:
+        """Return the task's figures over the whole batch of all ranks."""
+        averages: dict[str, Tensor] = {}
+        for part in split(batch, self.config.accumulate, self.device):
+            with self.autocast():
+                found = self.task.health(part)
+            for name, value in found.items():
+                averages[name] = averages.get(name, 0) + value / self.config.accumulate
+        return self.task.figures({name: mean_over_ranks(value) for name, value in averages.items()})
 
 
 class _Pace:

@@ -5,18 +5,19 @@ from torch import Tensor, nn
 
 from softvq.data.folder import Batch
 from softvq.errors import InputError
-from softvq.tokenizers.autoencoder import TokenizerOutput
-from softvq.training.tasks import LossConfig, TokenizerTask, perceptual_weight_at
+from softvq.tokenizers.autoencoder import ImageTokenizer, TokenizerOutput
+from softvq.tokenizers.presets import preset
+from softvq.training.tokenizer_task import LossConfig, TokenizerTask, perceptual_weight_at
 
 
-class Darker(nn.Module):
+class Darker(ImageTokenizer):
     """A tokenizer that takes a fixed amount off every pixel."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(preset("softvq-tiny-16", image_size=16))
         self.amount = nn.Parameter(torch.tensor(0.5))
 
-    def forward(self, images: Tensor) -> TokenizerOutput:
+    def forward(self, images: Tensor, *_, **__) -> TokenizerOutput:
         losses = {"entropy": self.amount * -0.25, "commitment": self.amount * 0.0 + 0.125}
         return TokenizerOutput(images=images - self.amount, latents=torch.zeros(len(images), 2, 3), losses=losses)
 
@@ -42,7 +43,7 @@ def batch(count: int = 2, size: int = 36) -> Batch:
 
 def test_the_loss_is_the_sum_of_its_terms() -> None:
     config = LossConfig(perceptual_weight=0.5, perceptual_warmup_steps=0)
-    loss, report = TokenizerTask(Darker(), config, Counted())(batch(), 0)
+    loss, report, _ = TokenizerTask(Darker(), config, perceptual=Counted())(batch(), 0)
     assert float(loss.detach()) == pytest.approx(0.25 + 0.5 * 3.0 - 0.125 + 0.125)
     assert {name: round(value.item(), 6) for name, value in report.items()} == {
         "reconstruction": 0.25,
@@ -53,14 +54,14 @@ def test_the_loss_is_the_sum_of_its_terms() -> None:
 
 
 def test_absolute_differences_on_request() -> None:
-    task = TokenizerTask(Darker(), LossConfig(reconstruction="l1", perceptual_weight=0.0), None)
-    _, report = task(batch(), 0)
+    task = TokenizerTask(Darker(), LossConfig(reconstruction="l1", perceptual_weight=0.0))
+    _, report, _ = task(batch(), 0)
     assert float(report["reconstruction"].detach()) == pytest.approx(0.5)
 
 
 def test_every_term_reaches_the_weights() -> None:
     tokenizer = Darker()
-    loss, _ = TokenizerTask(tokenizer, LossConfig(perceptual_weight=0.0), None)(batch(), 0)
+    loss, *_ = TokenizerTask(tokenizer, LossConfig(perceptual_weight=0.0))(batch(), 0)
     loss.backward()
     assert float(tokenizer.amount.grad) == pytest.approx(2 * 0.5 - 0.25)  # of amount^2 and of the entropy
 
@@ -74,7 +75,7 @@ def test_the_perceptual_weight_waits_rises_and_stays() -> None:
 
 def test_the_perceptual_network_does_not_run_while_its_weight_is_zero() -> None:
     counted = Counted()
-    task = TokenizerTask(Darker(), LossConfig(perceptual_start=3, perceptual_warmup_steps=2), counted)
+    task = TokenizerTask(Darker(), LossConfig(perceptual_start=3, perceptual_warmup_steps=2), perceptual=counted)
     reports = [task(batch(), step)[1] for step in range(5)]
     assert len(counted.sizes) == 1
     assert ["perceptual" in report for report in reports] == [False, False, False, False, True]
@@ -83,7 +84,7 @@ def test_the_perceptual_network_does_not_run_while_its_weight_is_zero() -> None:
 def test_the_perceptual_network_sees_smaller_images_on_request() -> None:
     counted = Counted()
     config = LossConfig(perceptual_warmup_steps=0, perceptual_size=18)
-    TokenizerTask(Darker(), config, counted)(batch(), 0)
+    TokenizerTask(Darker(), config, perceptual=counted)(batch(), 0)
     assert counted.sizes == [18]
 
 
@@ -96,23 +97,18 @@ def test_shrinking_averages_pixels() -> None:
             return images.mean(dim=(1, 2, 3))
 
     one = batch(1)
-    TokenizerTask(Darker(), LossConfig(perceptual_warmup_steps=0, perceptual_size=18), Keeps())(one, 0)
+    TokenizerTask(Darker(), LossConfig(perceptual_warmup_steps=0, perceptual_size=18), perceptual=Keeps())(one, 0)
     torch.testing.assert_close(seen[0][0, :, 0, 1], one.images[0, :, :2, 2:4].mean(dim=(1, 2)))
 
 
 def test_the_real_tokenizer_learns_a_batch_by_heart() -> None:
-    from softvq.tokenizers.autoencoder import ImageTokenizer
-    from softvq.tokenizers.presets import preset
-
     torch.manual_seed(0)
-    task = TokenizerTask(
-        ImageTokenizer(preset("softvq-tiny-16", image_size=16)), LossConfig(perceptual_weight=0.0), None
-    )
+    task = TokenizerTask(ImageTokenizer(preset("softvq-tiny-16", image_size=16)), LossConfig(perceptual_weight=0.0))
     optimizer = torch.optim.AdamW(task.parameters(), lr=1e-3)
     one = batch(2, 16)
     losses = []
     for step in range(60):
-        loss, report = task(one, step)
+        loss, report, _ = task(one, step)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

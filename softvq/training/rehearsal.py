@@ -1,0 +1,144 @@
+"""A rehearsal: every phase of a run, for a few updates on noise, before hours are spent on the real one.
+
+Phases differ in what they compute. A discriminator that starts at step 20,000 and does not fit into memory is found
+here, not a day later.
+"""
+
+import dataclasses
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from softvq.data.folder import Batch
+from softvq.errors import InputError, RunError
+from softvq.training import distributed
+from softvq.training.adversary import adversarial_weight_at
+from softvq.training.tokenizer_recipe import TokenizerRunConfig, build_task
+from softvq.training.tokenizer_task import perceptual_weight_at
+from softvq.training.trainer import Trainer
+
+__all__ = ["Phase", "phases", "rehearse"]
+
+TIMED_UPDATES = 3
+BYTES_PER_WEIGHT = 20  # weight, gradient, two running means of AdamW, average, in float32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """A part of a run in which the same things are computed."""
+
+    name: str
+    """What is computed, such as `pixels + perceptual`."""
+    first_step: int
+    """Updates made before it begins."""
+    parameters: int = 0
+    """Numbers that are trained in it, those of its discriminator among them."""
+    seconds: float = 0.0
+    """Of one update, by the clock."""
+    memory: int = 0
+    """Largest memory in bytes: of tensors on a GPU, of the whole process so far on the CPU."""
+
+
+def phases(config: TokenizerRunConfig) -> list[Phase]:
+    """Return the phases of a run, in order; those that its steps never reach are left out."""
+    loss = config.loss
+    adversarial = loss.adversarial
+    begins = {0, loss.perceptual_start, loss.perceptual_start + 1} | ({adversarial.start} if adversarial else set())
+    found: dict[str, Phase] = {}
+    for step in sorted(begins):
+        parts = ["pixels"]
+        parts += ["perceptual"] if perceptual_weight_at(loss, step) > 0 else []
+        parts += ["adversarial"] if adversarial and adversarial_weight_at(adversarial, step) > 0 else []
+        parts += ["alignment"] if loss.alignment else []
+        name = " + ".join(parts)
+        if step < config.train.steps and name not in found:
+            found[name] = Phase(name=name, first_step=step)
+    return list(found.values())
+
+
+def rehearse(config: TokenizerRunConfig, console: Console, warn: Callable[[str], None]) -> Iterator[Phase]:
+    """Go through the phases of a run and yield each with its time and memory.
+
+    Nothing is written, and no photograph is read. The networks are built and, where the recipe says so, compiled as in
+    training. What a phase leaves in the weights the next one finds there.
+
+    Args:
+        config: The recipe.
+        console: For what training would say.
+        warn: Takes a sentence about what will not happen.
+
+    Yields:
+        The phases in order, measured.
+
+    Raises:
+        InputError: If something that the recipe asks for cannot be had, naming the phase `build`.
+        RunError: If a phase fails, naming it: out of memory, or not finite.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("a dry run is of one process; run it without torchrun, with train.batch_size of one process")
+    adversarial = config.loss.adversarial
+    if adversarial is not None and adversarial.start >= config.train.steps:
+        warn(f"the discriminator starts at step {adversarial.start}, but the run ends at {config.train.steps}")
+    device = distributed.choose_device(config.train.device)
+    try:
+        task = build_task(config, device, say=warn)
+        _check_memory(sum(p.numel() for p in task.model.parameters() if p.requires_grad), device)
+        optim = config.loss.adversarial.optim if config.loss.adversarial else None
+        settings = {"seed": config.seed, "console": console, "critic_optim": optim}
+        trainer = Trainer(task, Path(), config.train, config.optim, **settings)
+    except (InputError, RunError) as error:
+        raise type(error)(f"phase 'build': {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise RunError("phase 'build': the GPU is too small for weights and their state") from error
+    trainer.task.train()
+    batch = _noise(config)
+    for phase in phases(config):
+        trainer.step = phase.first_step
+        try:
+            seconds, memory = _measure(trainer, batch)
+        except RunError as error:
+            raise RunError(f"phase {phase.name!r}, from step {phase.first_step}: {error}") from error
+        judged = task.critic is not None and task.critic_counts(phase.first_step)
+        trained = [task.model, task.critic] if judged else [task.model]
+        parameters = sum(p.numel() for module in trained for p in module.parameters() if p.requires_grad)
+        yield dataclasses.replace(phase, parameters=parameters, seconds=seconds, memory=memory)
+
+
+def _measure(trainer: Trainer, batch: Batch) -> tuple[float, int]:
+    on_gpu = trainer.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+    trainer.update(batch)  # compiles, allocates
+    trainer.check_finite()
+    started = time.perf_counter()
+    for _ in range(TIMED_UPDATES):
+        trainer.update(batch)
+    trainer.check_finite()  # waits for the GPU
+    seconds = (time.perf_counter() - started) / TIMED_UPDATES
+    if on_gpu:
+        return seconds, torch.cuda.max_memory_allocated(trainer.device)
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _noise(config: TokenizerRunConfig) -> Batch:
+    count, size = config.train.batch_size, config.model.image_size
+    images = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(config.seed)) * 2 - 1
+    labels, positions = torch.full((count,), -1), torch.arange(count)
+    return Batch(images=images, labels=labels, positions=positions, skipped=[])
+
+
+def _check_memory(weights: int, device: torch.device) -> None:
+    needed = weights * BYTES_PER_WEIGHT
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free:
+        raise RunError(
+            f"{needed / 2**30:.1f} GiB are needed for weights and their state alone, {free / 2**30:.1f} GiB are free"
+        )

@@ -1,0 +1,330 @@
+"""What a tokenizer learns: models and losses joined, the only place where the two meet."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from softvq.backbones import FrozenBackbone
+from softvq.data.folder import Batch
+from softvq.errors import InputError
+from softvq.losses.adversarial import adaptive_weight
+from softvq.randomness import fold_in, keys_of, seed_of
+from softvq.ranks import mean_over_ranks
+from softvq.tokenizers.alignment import (
+    AlignmentConfig,
+    Projector,
+    alignment_loss,
+    distance_matrix_loss,
+    patch_features,
+)
+from softvq.tokenizers.autoencoder import ImageTokenizer, TokenizerOutput
+from softvq.tokenizers.codebooks import codebook_statistics
+from softvq.tokenizers.corruption import CorruptionConfig, token_counts
+from softvq.tokenizers.quantizers import VQConfig, innermost
+from softvq.tokenizers.vit import FeatureDecoder, ViTConfig
+from softvq.training.adversary import AdversarialConfig, Adversary, adversarial_weight_at
+from softvq.training.task import Task
+
+__all__ = ["FeatureConfig", "LossConfig", "TokenizerTask", "perceptual_weight_at", "softening_at"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureConfig:
+    """An auxiliary decoder that predicts the teacher's features of hidden patches (MAETok, arXiv:2502.03444)."""
+
+    weight: float = 1.0
+    """Weight of one minus the cosine similarity, over the hidden patches, or all where none are."""
+    decoder: ViTConfig = dataclasses.field(default_factory=lambda: ViTConfig(width=384, depth=3, num_heads=6))
+    """Its transformer."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        if not self.weight >= 0:
+            raise InputError(f"weight is {self.weight}, expected at least 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """What a tokenizer is trained to minimise, besides its quantizer's own terms (arXiv:2412.10958, section 3.3)."""
+
+    reconstruction: Literal["l2", "l1"] = "l2"
+    """Mean squared or absolute difference of pixels in [-1, 1], with weight 1."""
+    perceptual_weight: float = 1.0
+    """Weight of the perceptual distance after its warm-up; 0 leaves it out."""
+    perceptual_start: int = 0
+    """Step before which the perceptual distance is left out."""
+    perceptual_warmup_steps: int = 10_000
+    """Steps after `perceptual_start` in which its weight rises in a line from 0."""
+    perceptual_size: int | None = None
+    """Side in pixels, a divisor of theirs, that images are averaged down to before it; null keeps them as they are."""
+    perceptual_weights: str | None = None
+    """File with the weights of the perceptual distance; null takes those that are installed."""
+    adversarial: AdversarialConfig | None = None
+    """A discriminator that reconstructions have to deceive; null for none."""
+    alignment: AlignmentConfig | None = None
+    """A frozen vision encoder that latents are drawn to; null for none."""
+    features: FeatureConfig | None = None
+    """A decoder from latents to that encoder's features; null for none."""
+    anneal_from: float = 1.0
+    """What the quantizer's temperature is multiplied by at the first step; it falls to 1 over `anneal_steps`."""
+    anneal_steps: int = 0
+    """Steps in which the temperature falls, by the same factor each."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        if not self.perceptual_weight >= 0:
+            raise InputError(f"perceptual_weight is {self.perceptual_weight}, expected at least 0")
+        for name in ("perceptual_start", "perceptual_warmup_steps", "anneal_steps"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if self.perceptual_size is not None and self.perceptual_size < 18:
+            raise InputError(f"perceptual_size is {self.perceptual_size}, expected at least 18, or null")
+        if not 1e-3 <= self.anneal_from <= 1e3:
+            raise InputError(f"anneal_from is {self.anneal_from}, expected 0.001 to 1000")
+        if self.features is not None and self.alignment is None:
+            raise InputError(
+                "features needs the teacher of alignment; add alignment, with weight 0 if it is only for this"
+            )
+
+
+def perceptual_weight_at(config: LossConfig, step: int) -> float:
+    """Return the weight of the perceptual distance after `step` updates: 0, a line, then `perceptual_weight`."""
+    passed = step - config.perceptual_start
+    if passed < 0:
+        return 0.0
+    if passed >= config.perceptual_warmup_steps:
+        return config.perceptual_weight
+    return config.perceptual_weight * passed / config.perceptual_warmup_steps
+
+
+def softening_at(config: LossConfig, step: int) -> float:
+    """Return the factor on the temperature after `step` updates: `anneal_from` to the power 1 - step / anneal_steps."""
+    if step >= config.anneal_steps:
+        return 1.0
+    return config.anneal_from ** (1 - step / config.anneal_steps)
+
+
+class TokenizerTask(Task):
+    """Reconstruct images: pixels, a perceptual distance, a discriminator, a teacher, and the quantizer's own terms.
+
+        loss = |x - D(E(x))|^2 + w1 d(x, D(E(x))) + w2 adversarial + w3 alignment + the quantizer's terms
+
+    after arXiv:2412.10958, section 3.3. What is measured at the pixels is differentiated there, one term after the
+    other, so that no two of those networks' activations are held at once.
+
+    Args:
+        tokenizer: Gives a `TokenizerOutput` for images.
+        config: Weights and schedule.
+        seed: Of everything the training draws.
+        corruption: What is hidden from the tokenizer.
+        perceptual: Gives one distance per pair of images; may be left out if its weight is 0.
+        teacher: Of the alignment; may be left out if there is none.
+        adversary: The discriminator; may be left out if there is none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        config: LossConfig,
+        *,
+        seed: int = 0,
+        corruption: CorruptionConfig | None = None,
+        perceptual: nn.Module | None = None,
+        teacher: FrozenBackbone | None = None,
+        adversary: Adversary | None = None,
+    ) -> None:
+        super().__init__()
+        assert perceptual is not None or config.perceptual_weight == 0
+        assert (teacher is None) == (config.alignment is None)
+        assert (adversary is None) == (config.adversarial is None)
+        self.config, self.seed, self.corruption = config, seed, corruption or CorruptionConfig()
+        self.tokenizer, self.perceptual, self.teacher = tokenizer, perceptual, teacher
+        self.heads = _heads(tokenizer, config, teacher)
+        self.model = nn.ModuleDict({"tokenizer": tokenizer, **self.heads})
+        self._critic = (adversary,)  # a tuple, lest it count as a part of what the task trains
+
+    @property
+    def critic(self) -> Adversary | None:
+        """The discriminator, if there is one."""
+        return self._critic[0]
+
+    def critic_counts(self, step: int) -> bool:
+        """Return whether the discriminator is trained after `step` updates."""
+        return self.config.adversarial is not None and adversarial_weight_at(self.config.adversarial, step) > 0
+
+    def forward(self, batch: Batch, step: int) -> tuple[Float[Tensor, ""], dict[str, Tensor], Any]:
+        """Return the loss, its terms, unweighted but for the quantizer's, and what the discriminator is to judge.
+
+        Args:
+            batch: Images in [-1, 1].
+            step: Finished updates; everything scheduled depends on it alone.
+
+        Returns:
+            The loss, its terms by name, and reconstructions with the images' keys.
+        """
+        keys = keys_of(self.seed, "model", batch.positions)
+        output: TokenizerOutput = self.tokenizer(
+            batch.images,
+            fold_in(keys, 0),
+            corruption=self.corruption,
+            num_tokens=self._num_tokens(step),
+            softening=self._softening(step, batch.images.device),
+        )
+        report = dict(output.losses)
+        loss = self._pixel_loss(output.images, batch.images, fold_in(keys, 1), step, report)
+        if self.teacher is not None and self.config.alignment is not None:
+            loss = loss + self._teacher_loss(output, batch.images, loss, report)
+        for term in output.losses.values():
+            loss = loss + term
+        return loss, report, (output.images.detach(), batch.images, fold_in(keys, 2), step)
+
+    @torch.no_grad()
+    def health(self, batch: Batch) -> dict[str, Tensor]:
+        """Return means over this batch's tokens, from which `figures` tells the health of the codebook."""
+        return self.tokenizer.quantizer.averages(self.tokenizer.encode_pre(batch.images))
+
+    def figures(self, averages: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return usage, perplexity and the rest for averages of `health`, taken over parts and ranks."""
+        return codebook_statistics(averages) if averages else {}
+
+    def warnings(self, figures: Mapping[str, float]) -> dict[str, str]:
+        """Say so when the codebook has collapsed."""
+        size = getattr(innermost(self.tokenizer.config.quantizer), "codebook_size", None)
+        if size is None or "perplexity" not in figures:
+            return {}
+        found = {}
+        if figures["perplexity"] < 1.5:
+            found["one"] = "all tokens have the same likeliest codeword; lower optim.lr, or raise entropy_weight"
+        if figures["posterior_entropy"] > 0.98 * math.log(size):
+            found["uniform"] = "the posterior is nearly uniform over the codewords; lower the quantizer's temperature"
+        if not isinstance(innermost(self.tokenizer.config.quantizer), VQConfig) and figures["max_probability"] > 0.99:
+            found["one-hot"] = "the posterior is nearly one-hot, as in VQ; raise the quantizer's temperature"
+        return found
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the networks, one by one and in place; the step, a Python number, stays outside."""
+        parts: list[nn.Module | None] = [self.tokenizer.encoder, self.tokenizer.quantizer, self.tokenizer.decoder]
+        parts += [self.perceptual, self.teacher, *self.heads.values()]
+        parts += [self.critic.discriminator] if self.critic is not None else []
+        for part in parts:
+            if part is not None:
+                part.compile(*args, **kwargs)
+
+    def _pixel_loss(
+        self, images: Tensor, targets: Tensor, keys: Int64[Tensor, " batch"], step: int, report: dict[str, Tensor]
+    ) -> Tensor:
+        """Return a scalar with the value and, at the images, the gradient of every term that looks at pixels."""
+        pixels = images.detach().float().requires_grad_()
+        distance = F.mse_loss if self.config.reconstruction == "l2" else F.l1_loss
+        report["reconstruction"], gradient = _differentiated(distance(pixels, targets), pixels)
+        loss = report["reconstruction"]
+        weight = perceptual_weight_at(self.config, step)
+        if weight > 0:
+            assert self.perceptual is not None
+            apart = self.perceptual(self._shrink(pixels), self._shrink(targets)).mean()
+            report["perceptual"], slope = _differentiated(apart, pixels)
+            loss, gradient = loss + weight * report["perceptual"], gradient + weight * slope
+        if self.critic is not None and self.critic_counts(step):
+            weight = adversarial_weight_at(self.critic.config, step)
+            report["adversarial"], slope = _differentiated(self.critic.fool(pixels, keys), pixels)
+            if self.critic.config.adaptive:
+                report["adaptive_weight"] = adaptive_weight(_norm(gradient), _norm(slope))
+                weight = weight * report["adaptive_weight"]
+            loss, gradient = loss + weight * report["adversarial"], gradient + weight * slope
+        return loss + ((images.float() - pixels.detach()) * gradient).sum()
+
+    def _teacher_loss(
+        self, output: TokenizerOutput, images: Tensor, pixel_loss: Tensor, report: dict[str, Tensor]
+    ) -> Tensor:
+        config, latents = self.config.alignment, output.latents
+        assert config is not None
+        assert self.teacher is not None
+        features = patch_features(self.teacher, images)
+        total = latents.new_zeros(())
+        if config.weight > 0:
+            projected = self.heads["projector"](latents)
+            report["alignment"] = alignment_loss(projected, features, config.mode, config.cosine_margin)
+            total = total + report["alignment"]
+            if config.distance_weight > 0:
+                report["distance_matrix"] = distance_matrix_loss(latents, features, config.distance_margin)
+                total = total + config.distance_weight * report["distance_matrix"]
+            weight: Tensor | float = config.weight
+            if config.adaptive and latents.requires_grad:
+                (ours,) = torch.autograd.grad(pixel_loss, latents, retain_graph=True)
+                (theirs,) = torch.autograd.grad(total, latents, retain_graph=True)
+                report["alignment_weight"] = adaptive_weight(_norm(ours), _norm(theirs))
+                weight = weight * report["alignment_weight"]
+            total = weight * total
+        if self.config.features is not None:
+            side = math.isqrt(features.shape[1])  # of the teacher's map, which need not be that of our patches
+            predicted = self.heads["feature_decoder"](latents, (side, side))
+            report["features"] = _feature_loss(predicted, features, output.masked)
+            total = total + self.config.features.weight * report["features"]
+        return total
+
+    def _num_tokens(self, step: int) -> int | None:
+        """Draw how many tokens the decoder sees; all samples of a step share it, so that no token has to be masked."""
+        least, most = self.tokenizer.config.min_latent_tokens, self.tokenizer.config.num_latent_tokens
+        if least is None:
+            return None
+        counts = token_counts(least, most)
+        return counts[seed_of(self.seed, "tokens", step) % len(counts)]
+
+    def _softening(self, step: int, device: torch.device) -> Tensor | float:
+        # a tensor while it changes, so that a compiled graph does not take each value for a constant
+        changes = self.config.anneal_from != 1 and self.config.anneal_steps > 0
+        return torch.full((), softening_at(self.config, step), device=device) if changes else 1.0
+
+    def _shrink(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 h w"]:
+        images = images.float()
+        size = self.config.perceptual_size
+        return images if size is None else F.avg_pool2d(images, images.shape[-1] // size)
+
+
+def _heads(tokenizer: ImageTokenizer, config: LossConfig, teacher: FrozenBackbone | None) -> dict[str, nn.Module]:
+    if teacher is None or config.alignment is None:
+        return {}
+    model = tokenizer.config
+    heads: dict[str, nn.Module] = {}
+    if config.alignment.weight > 0:
+        heads["projector"] = Projector(model.latent_dim, config.alignment.hidden, teacher.channels[-1])
+    if config.features is not None:
+        heads["feature_decoder"] = FeatureDecoder(
+            config.features.decoder,
+            image_size=model.image_size,
+            patch_size=model.patch_size,
+            num_latent_tokens=model.num_latent_tokens,
+            latent_dim=model.latent_dim,
+            features=teacher.channels[-1],
+        )
+    return heads
+
+
+def _differentiated(loss: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a loss as a constant and its gradient; what autograd kept for it is free from then on."""
+    with torch.autocast(at.device.type, enabled=False):
+        (gradient,) = torch.autograd.grad(loss, at)
+    return loss.detach(), gradient
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    """The root mean square, over all ranks, of a mean's gradient times the number of values: free of their number."""
+    return (mean_over_ranks(gradient.float().square().sum()) * gradient.numel()).sqrt()
+
+
+def _feature_loss(predicted: Tensor, features: Tensor, masked: Tensor | None) -> Tensor:
+    """One minus the cosine similarity over what is hidden of each image; over all of it where nothing is."""
+    with torch.autocast(predicted.device.type, enabled=False):
+        apart = 1 - F.cosine_similarity(predicted.float(), features.float(), dim=-1)
+        hidden = torch.ones_like(apart)
+        if masked is not None:
+            ours, theirs = (math.isqrt(x.shape[1]) for x in (masked, apart))
+            hidden = F.adaptive_avg_pool2d(masked.float().reshape(-1, 1, ours, ours), theirs).flatten(1)
+            hidden = torch.where(hidden.sum(dim=1, keepdim=True) > 0, hidden, 1.0)
+        return ((apart * hidden).sum(dim=1) / hidden.sum(dim=1)).mean()
