@@ -68,7 +68,8 @@ def normal(keys: Int64[Tensor, " batch"], *shape: int) -> Float[Tensor, "batch .
 def _bits(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Hash (key, index) to 64 bits; integers only, so that every device and every batch gives the same."""
     index = torch.arange(math.prod(shape), device=keys.device)
-    return _mixed(_mixed(keys)[:, None] + index * _ODD).reshape(-1, *shape)
+    # added before it is multiplied: compilers take an index alone for 32 bits
+    return _mixed((_mixed(keys)[:, None] + index) * _ODD).reshape(-1, *shape)
 
 
 def _mixed(x: Tensor) -> Tensor:

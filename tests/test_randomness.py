@@ -8,8 +8,8 @@ import torch
 from softvq.randomness import fold_in, generator, keys_of, manual_seed, normal, seed_of, uniform
 
 KEYS = [458480144296515684, -1175178834724009946, 8835682878422521016]
-UNIFORM = [0.06053263, 0.46041423, 0.3920961]
-NORMAL = [1.83028543, 1.21942008, 0.27215666]
+UNIFORM = [0.93444353, 0.12083989, 0.88647944]
+NORMAL = [0.31316209, 1.75282693, 0.47828689]
 
 
 @pytest.mark.parametrize(

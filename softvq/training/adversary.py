@@ -91,12 +91,13 @@ class Adversary(nn.Module):
     Args:
         config: What it is and how it is trained.
         image_size: Side of the images in pixels.
+        dtype: What a frozen backbone computes in, whatever autocast says; the rest follows autocast.
     """
 
-    def __init__(self, config: AdversarialConfig, *, image_size: int) -> None:
+    def __init__(self, config: AdversarialConfig, *, image_size: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
-        self.discriminator = build_discriminator(config.discriminator, image_size=image_size)
+        self.discriminator = build_discriminator(config.discriminator, image_size=image_size, dtype=dtype)
         self.lecam = LeCam(config.lecam_decay)
 
     def forward(

@@ -104,8 +104,8 @@ def rehearse(config: TokenizerRunConfig, console: Console, warn: Callable[[str],
         except RunError as error:
             raise RunError(f"phase {phase.name!r}, from step {phase.first_step}: {error}") from error
         judged = task.critic is not None and task.critic_counts(phase.first_step)
-        trained = [task.model, task.critic] if judged else [task.model]
-        parameters = sum(p.numel() for module in trained for p in module.parameters() if p.requires_grad)
+        trained = [*task.model.parameters(), *(task.critic.parameters() if judged and task.critic else ())]
+        parameters = sum(p.numel() for p in trained if p.requires_grad)
         yield dataclasses.replace(phase, parameters=parameters, seconds=seconds, memory=memory)
 
 

@@ -115,6 +115,8 @@ def build_task(
     if config.decoder_only:
         tokenizer.freeze_encoder()
     loss, size = config.loss, config.model.image_size
+    low = config.train.precision == "bf16" or (config.train.precision == "auto" and device.type == "cuda")
+    backbone = torch.bfloat16 if low else torch.float32
     return TokenizerTask(
         tokenizer,
         loss,
@@ -122,7 +124,7 @@ def build_task(
         corruption=config.corruption,
         perceptual=load_perceptual(loss.perceptual_weights) if loss.perceptual_weight > 0 else None,
         teacher=None if loss.alignment is None else _teacher(loss.alignment, config.model, device),
-        adversary=None if loss.adversarial is None else Adversary(loss.adversarial, image_size=size),
+        adversary=None if loss.adversarial is None else Adversary(loss.adversarial, image_size=size, dtype=backbone),
     )
 
 
