@@ -14,7 +14,7 @@ from softvq.randomness import fold_in, uniform
 
 __all__ = ["augment", "view"]
 
-COLOR, TRANSLATION, CUTOUT, VIEW = range(4)  # the streams of a sample's key
+VIEW = 3  # the stream of a sample's key that `view` draws from
 
 
 def augment(
@@ -50,12 +50,13 @@ def augment(
     for name, value in {"translation": translation, "cutout": cutout, "probability": probability}.items():
         if not 0 <= value <= 1:
             raise InputError(f"{name} is {value}, expected 0 to 1")
+    draws = uniform(keys, 10)
     if color:
-        images = _color(images, uniform(fold_in(keys, COLOR), 4), probability)
+        images = _color(images, draws[:, :4], probability)
     if translation > 0:
-        images = _translate(images, uniform(fold_in(keys, TRANSLATION), 3), translation, probability)
+        images = _translate(images, draws[:, 4:7], translation, probability)
     if cutout > 0:
-        images = _cut_out(images, uniform(fold_in(keys, CUTOUT), 3), cutout, probability)
+        images = _cut_out(images, draws[:, 7:], cutout, probability)
     return images
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "SpectralConv1d",
     "StyleGAN",
     "StyleGANConfig",
+    "TokenHead",
     "build_discriminator",
     "group_deviation",
 ]
@@ -190,7 +191,9 @@ class TokenHead(nn.Module):
         self.logit = SpectralConv1d(channels, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = F.leaky_relu(self.inward_norm(self.inward(features.flatten(2).to(self.inward.weight.dtype))), SLOPE)
+        """Judge every place."""
+        places = features.flatten(2).to(self.inward.weight.dtype)
+        hidden = F.leaky_relu(self.inward_norm(self.inward(places)), SLOPE)
         around = F.leaky_relu(self.around_norm(self.around(hidden)), SLOPE)
         return _in_float32(self.logit, (hidden + around) * math.sqrt(0.5)).flatten(1)
 

@@ -5,7 +5,7 @@ nothing of it is computed.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -99,6 +99,11 @@ class Adversary(nn.Module):
         self.config = config
         self.discriminator = build_discriminator(config.discriminator, image_size=image_size, dtype=dtype)
         self.lecam = LeCam(config.lecam_decay)
+        self._augment = augment
+
+    def compile_augmentation(self, **options: Any) -> None:
+        """Compile what changes the images, dozens of small steps, into a few."""
+        self._augment = torch.compile(augment, **options)
 
     def forward(
         self,
@@ -162,7 +167,7 @@ class Adversary(nn.Module):
         config = self.config
         cutout = max(config.cutout, 0.5) if strong else config.cutout
         probability = 1.0 if strong else config.augment_probability
-        return augment(
+        return self._augment(
             images, keys, color=config.color, translation=config.translation, cutout=cutout, probability=probability
         )
 

@@ -97,6 +97,7 @@ def rehearse(config: TokenizerRunConfig, console: Console, warn: Callable[[str],
         raise RunError("phase 'build': the GPU is too small for weights and their state") from error
     trainer.task.train()
     batch = _noise(config)
+    batch = batch.pin_memory() if device.type == "cuda" else batch
     for phase in phases(config):
         trainer.step = phase.first_step
         try:

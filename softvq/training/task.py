@@ -53,9 +53,9 @@ class Task(nn.Module):
         """Return a sentence, by its kind, for each thing in a line of the log that people should know."""
         return {}
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
+    def compile(self, **options: Any) -> None:
         """Compile the parts that take the time, in place; the step, a Python number, stays outside."""
-        self.model.compile(*args, **kwargs)
+        self.model.compile(**options)
 
 
 def split(batch: Any, parts: int, device: torch.device) -> list[Any]:

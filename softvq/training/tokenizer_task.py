@@ -29,6 +29,7 @@ from softvq.tokenizers.corruption import CorruptionConfig, token_counts
 from softvq.tokenizers.quantizers import VQConfig, innermost
 from softvq.tokenizers.vit import FeatureDecoder, ViTConfig
 from softvq.training.adversary import AdversarialConfig, Adversary, adversarial_weight_at
+from softvq.training.compilation import compile_regions
 from softvq.training.task import Task
 
 __all__ = ["FeatureConfig", "LossConfig", "TokenizerTask", "perceptual_weight_at", "softening_at"]
@@ -207,14 +208,13 @@ class TokenizerTask(Task):
             found["one-hot"] = "the posterior is nearly one-hot, as in VQ; raise the quantizer's temperature"
         return found
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the networks, one by one and in place; the step, a Python number, stays outside."""
+    def compile(self, **options: Any) -> None:
+        """Compile the networks in place, region by region; the step, a Python number, stays outside."""
         parts: list[nn.Module | None] = [self.tokenizer.encoder, self.tokenizer.quantizer, self.tokenizer.decoder]
-        parts += [self.perceptual, self.teacher, *self.heads.values()]
-        parts += [self.critic.discriminator] if self.critic is not None else []
+        parts += [self.perceptual, self.teacher, *self.heads.values(), self.critic]
         for part in parts:
             if part is not None:
-                part.compile(*args, **kwargs)
+                compile_regions(part, **options)
 
     def _pixel_loss(
         self, images: Tensor, targets: Tensor, keys: Int64[Tensor, " batch"], step: int, report: dict[str, Tensor]

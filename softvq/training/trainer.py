@@ -112,6 +112,8 @@ class Trainer:
                 f"batch_size is {config.batch_size}, expected a multiple of accumulate x processes ({share})"
             )
         self.device = distributed.choose_device(config.device)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # shapes stay the same, so trying out convolutions pays
         self.task = task.to(self.device)
         self.run, self.config, self.optim, self.seed = run, config, optim, seed
         self.console, self.info, self.sample = console, dict(info or {}), sample
