@@ -11,9 +11,13 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import torch
@@ -108,7 +112,7 @@ def evaluate(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     return means | {name: statistics.fmean(line[name] for line in health) for name in health[0]}
 
 
-def compare(name: str, arguments: argparse.Namespace, console: Console) -> dict[str, float]:
+def compare(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Train one quantizer for its time and return its row."""
     quantizer = quantizers(arguments.codebook_size, arguments.parts)[name]
     *_, last = rehearse(recipe(arguments, quantizer, 10**6), Console(quiet=True), lambda _: None)
@@ -121,8 +125,28 @@ def compare(name: str, arguments: argparse.Namespace, console: Console) -> dict[
     row = {column: found.get(name, float("nan")) for column, name in MEASURED.items()}
     row |= {"images/s": arguments.batch_size / last.seconds, "GiB": last.memory / 2**30}
     row |= {"updates": steps, "minutes": minutes}
-    console.print(f"{name}: {json.dumps({key: round(value, 4) for key, value in row.items()})}", soft_wrap=True)
     return row
+
+
+def compare_at_once(names: list[str], arguments: argparse.Namespace, console: Console) -> dict[str, dict[str, float]]:
+    """Train each in a process of its own, so many at once on each device, and return their rows."""
+    places = [device for device in arguments.device for _ in range(arguments.at_once)]
+    rows: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(places)) as pool:
+        free = Queue()
+        for place in places:
+            free.put(place)
+
+        def run(name: str) -> None:
+            place, out = free.get(), Path(folder) / f"{name}.json"
+            given = [*sys.argv[1:], "--at-once", "1", "--device", place, "--only", name, "--out", str(out)]
+            subprocess.run([sys.executable, __file__, *given], check=True, stdout=subprocess.DEVNULL)
+            rows.update(json.loads(out.read_text()))
+            console.print(f"{name}: {json.dumps(rows[name])}", soft_wrap=True)
+            free.put(place)
+
+        list(pool.map(run, names))
+    return {name: rows[name] for name in names}
 
 
 def main() -> None:
@@ -140,7 +164,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--perceptual", default="none", help="none, installed, or a file with its weights")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", nargs="+", default=["cpu"])
+    parser.add_argument("--at-once", type=int, default=1, help="trainings that share one device")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--only", nargs="*", help="names of quantizers")
@@ -148,8 +173,14 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(width=150)
     names = arguments.only or list(quantizers(2, 1))
-    rows = {name: compare(name, arguments, console) for name in names}
-    machine = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.machine()
+    on_gpu = arguments.device[0].startswith("cuda")
+    if arguments.at_once * len(arguments.device) > 1:
+        rows = compare_at_once(names, arguments, console)
+    else:
+        arguments.device = arguments.device[0]
+        rows = {name: compare(name, arguments) for name in names}
+    machine = torch.cuda.get_device_name() if on_gpu else platform.machine()
+    machine += f", {arguments.at_once} at once" if arguments.at_once > 1 else ""
     title = f"{arguments.preset}, {arguments.image_size} px, {arguments.tokens} tokens, {arguments.minutes} min each"
     table = Table("quantizer", *COLUMNS, title=f"{title}, {machine}, torch {torch.__version__}")
     for name, row in rows.items():

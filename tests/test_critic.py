@@ -64,7 +64,9 @@ class Forger(Task):
     def warnings(self, figures: dict[str, float]) -> dict[str, str]:
         return {"always": "something is odd"}
 
-    def forward(self, batch: Points, step: int) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:
+    def forward(
+        self, batch: Points, step: int, scheduled: dict[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:
         made = self.model(batch.inputs)
         loss = (made - batch.inputs.flip(1)).square().mean()
         return loss, {}, (made.detach(), batch.inputs)

@@ -230,16 +230,22 @@ def test_the_adaptive_alignment_pulls_on_the_latents_as_hard_as_the_pixels() -> 
     alignment = {**family.EVERY_LOSS["alignment"], "weight": 0.3}
     ours = task("none", alignment=alignment)
     one, config = pictures(), ours.config.alignment
-    _, report, _ = ours(one, 0)
+    loss, report, _ = ours(one, 0)
     output = ours.tokenizer(one.images)
     features = patch_features(ours.teacher, one.images)
     terms = alignment_loss(ours.heads["projector"](output.latents), features, config.mode, config.cosine_margin)
     terms = terms + distance_matrix_loss(output.latents, features, config.distance_margin)
     (pixels,) = torch.autograd.grad(F.mse_loss(output.images, one.images), output.latents, retain_graph=True)
-    (aligned,) = torch.autograd.grad(terms, output.latents)
+    (aligned,) = torch.autograd.grad(terms, output.latents, retain_graph=True)
     scale = math.sqrt(pixels.numel())
     expected = scale * pixels.norm() / (scale * aligned.norm() + 1e-4)
     torch.testing.assert_close(report["alignment_weight"], expected, rtol=1e-4, atol=0)
+    total = F.mse_loss(output.images, one.images) + 0.3 * expected * terms
+    torch.testing.assert_close(loss, total, rtol=1e-4, atol=1e-6)
+    mine, theirs = (
+        torch.autograd.grad(x, ours.tokenizer.to_latents.weight, retain_graph=True)[0] for x in (loss, total)
+    )
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
 
 
 def test_a_teacher_may_be_for_the_features_alone() -> None:
@@ -308,7 +314,8 @@ def nested(least: int = 1) -> TokenizerTask:
 def test_the_number_of_tokens_is_a_function_of_the_step() -> None:
     ours = nested()
     counts = [drawn_tokens(ours, step) for step in range(60)]
-    assert counts == [drawn_tokens(nested(), step) for step in range(60)]
+    again = nested()
+    assert counts[:20] == [drawn_tokens(again, step) for step in range(20)]
     for count in (1, 2, 4):
         assert 8 <= counts.count(count) <= 34  # of 20 expected, p = 1e-4
     assert drawn_tokens(task(), 0) is None

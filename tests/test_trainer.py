@@ -53,7 +53,7 @@ class Regression(Task):
         self.before = before or (lambda step, loss: loss)
         self.calls = 0
 
-    def forward(self, batch: Points, step: int) -> tuple[Tensor, dict[str, Tensor], None]:
+    def forward(self, batch: Points, step: int, scheduled: dict[str, float]) -> tuple[Tensor, dict[str, Tensor], None]:
         self.calls += 1
         outputs = self.model(batch.inputs)
         error = (outputs - batch.targets).square().mean()

@@ -110,7 +110,7 @@ class Adversary(nn.Module):
         fakes: Float[Tensor, "batch 3 height width"],
         images: Float[Tensor, "batch 3 height width"],
         keys: Int64[Tensor, " batch"],
-        step: int,
+        weight: Tensor | float,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Return the discriminator's loss and its terms.
 
@@ -118,7 +118,7 @@ class Adversary(nn.Module):
             fakes: Reconstructions; no gradient flows to them.
             images: The photographs they are of.
             keys: One for each image, for augmentations and crops.
-            step: Finished updates; decides the weight.
+            weight: Of all but the consistency, as `adversarial_weight_at` gives it.
 
         Returns:
             The loss, and scalars for people.
@@ -132,7 +132,7 @@ class Adversary(nn.Module):
         if config.lecam_weight > 0:
             report["lecam"] = self.lecam(real, fake)
             score = score + config.lecam_weight * report["lecam"]
-        loss = adversarial_weight_at(config, step) * score
+        loss = weight * score
         if real_strong is not None and fake_strong is not None:
             consistency = consistency_loss(fake, fake_strong) + consistency_loss(real, real_strong)
             report["consistency"] = consistency / 2

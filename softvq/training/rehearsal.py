@@ -24,7 +24,7 @@ from softvq.training.trainer import Trainer
 
 __all__ = ["Phase", "phases", "rehearse"]
 
-TIMED_UPDATES = 3
+UNTIMED_UPDATES, TIMED_UPDATES = 4, 4
 BYTES_PER_WEIGHT = 20  # weight, gradient, two running means of AdamW, average, in float32
 
 
@@ -114,8 +114,9 @@ def _measure(trainer: Trainer, batch: Batch) -> tuple[float, int]:
     on_gpu = trainer.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(trainer.device)
-    trainer.update(batch)  # compiles, allocates
-    trainer.check_finite()
+    for _ in range(UNTIMED_UPDATES):  # compiling, choosing kernels, recording
+        trainer.update(batch)
+        trainer.check_finite()
     started = time.perf_counter()
     for _ in range(TIMED_UPDATES):
         trainer.update(batch)

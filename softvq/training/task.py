@@ -1,7 +1,7 @@
 """What the loop asks of a task: a loss for a batch, and, if it has a critic, something for that to judge."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -29,12 +29,23 @@ class Task(nn.Module):
         """Return whether the critic is trained after `step` updates; until then it is not called."""
         return False
 
-    def forward(self, batch: Any, step: int) -> tuple[Float[Tensor, ""], dict[str, Tensor], Any]:
+    def scheduled(self, step: int) -> dict[str, float]:
+        """Return the numbers that change from step to step, such as the weight of a term in its warm-up."""
+        return {}
+
+    def phase(self, step: int) -> Hashable:
+        """Return what decides, after `step` updates, which computations are done; equal phases do the same ones."""
+        return None
+
+    def forward(
+        self, batch: Any, step: int, scheduled: Mapping[str, Tensor | float]
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor], Any]:
         """Return the loss, a report, and what the critic is to judge.
 
         Args:
             batch: A dataclass of tensors whose first dimension is the sample.
-            step: Finished updates; everything scheduled depends on it alone.
+            step: Finished updates, which may be looked at for the phase alone.
+            scheduled: As `scheduled(step)` gives them, as floats or as tensors.
 
         Returns:
             The mean over the samples of what to minimise, scalars for people, and the arguments of the critic.

@@ -159,31 +159,47 @@ class TokenizerTask(Task):
         """Return whether the discriminator is trained after `step` updates."""
         return self.config.adversarial is not None and adversarial_weight_at(self.config.adversarial, step) > 0
 
-    def forward(self, batch: Batch, step: int) -> tuple[Float[Tensor, ""], dict[str, Tensor], Any]:
+    def scheduled(self, step: int) -> dict[str, float]:
+        """Return the weights of the perceptual and the adversarial term, and the factor on the temperature."""
+        found = {"perceptual": perceptual_weight_at(self.config, step), "softening": softening_at(self.config, step)}
+        if self.config.adversarial is not None:
+            found["adversarial"] = adversarial_weight_at(self.config.adversarial, step)
+        return found
+
+    def phase(self, step: int) -> tuple[bool, bool, int | None]:
+        """Return whether the perceptual and the adversarial term count, and how many tokens are decoded."""
+        return perceptual_weight_at(self.config, step) > 0, self.critic_counts(step), self._num_tokens(step)
+
+    def forward(
+        self, batch: Batch, step: int, scheduled: Mapping[str, Tensor | float] | None = None
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor], Any]:
         """Return the loss, its terms, unweighted but for the quantizer's, and what the discriminator is to judge.
 
         Args:
             batch: Images in [-1, 1].
-            step: Finished updates; everything scheduled depends on it alone.
+            step: Finished updates, which decide the phase.
+            scheduled: What `scheduled(step)` gives, which is the default, as floats or as tensors.
 
         Returns:
-            The loss, its terms by name, and reconstructions with the images' keys.
+            The loss, its terms by name, and reconstructions, images, keys and weight for the discriminator.
         """
+        scheduled = self.scheduled(step) if scheduled is None else scheduled
         keys = keys_of(self.seed, "model", batch.positions)
         output: TokenizerOutput = self.tokenizer(
             batch.images,
             fold_in(keys, 0),
             corruption=self.corruption,
             num_tokens=self._num_tokens(step),
-            softening=self._softening(step, batch.images.device),
+            softening=self._softening(scheduled["softening"], batch.images.device),
         )
         report = dict(output.losses)
-        loss = self._pixel_loss(output.images, batch.images, fold_in(keys, 1), step, report)
+        loss = self._pixel_loss(output.images, batch.images, fold_in(keys, 1), self.phase(step), scheduled, report)
         if self.teacher is not None and self.config.alignment is not None:
             loss = loss + self._teacher_loss(output, batch.images, loss, report)
         for term in output.losses.values():
             loss = loss + term
-        return loss, report, (output.images.detach(), batch.images, fold_in(keys, 2), step)
+        weight = scheduled.get("adversarial", 0.0)
+        return loss, report, (output.images.detach(), batch.images, fold_in(keys, 2), weight)
 
     @torch.no_grad()
     def health(self, batch: Batch) -> dict[str, Tensor]:
@@ -217,21 +233,27 @@ class TokenizerTask(Task):
                 compile_regions(part, **options)
 
     def _pixel_loss(
-        self, images: Tensor, targets: Tensor, keys: Int64[Tensor, " batch"], step: int, report: dict[str, Tensor]
+        self,
+        images: Tensor,
+        targets: Tensor,
+        keys: Int64[Tensor, " batch"],
+        phase: tuple[bool, bool, int | None],
+        scheduled: Mapping[str, Tensor | float],
+        report: dict[str, Tensor],
     ) -> Tensor:
         """Return a scalar with the value and, at the images, the gradient of every term that looks at pixels."""
         pixels = images.detach().float().requires_grad_()
         distance = F.mse_loss if self.config.reconstruction == "l2" else F.l1_loss
         report["reconstruction"], gradient = _differentiated(distance(pixels, targets), pixels)
         loss = report["reconstruction"]
-        weight = perceptual_weight_at(self.config, step)
-        if weight > 0:
-            assert self.perceptual is not None
+        perceptual_counts, adversarial_counts, _ = phase
+        if perceptual_counts and self.perceptual is not None:
             apart = self.perceptual(self._shrink(pixels), self._shrink(targets)).mean()
             report["perceptual"], slope = _differentiated(apart, pixels)
+            weight = scheduled["perceptual"]
             loss, gradient = loss + weight * report["perceptual"], gradient + weight * slope
-        if self.critic is not None and self.critic_counts(step):
-            weight = adversarial_weight_at(self.critic.config, step)
+        if adversarial_counts and self.critic is not None:
+            weight = scheduled["adversarial"]
             report["adversarial"], slope = _differentiated(self.critic.fool(pixels, keys), pixels)
             if self.critic.config.adaptive:
                 report["adaptive_weight"] = adaptive_weight(_norm(gradient), _norm(slope))
@@ -276,10 +298,11 @@ class TokenizerTask(Task):
         counts = token_counts(least, most)
         return counts[seed_of(self.seed, "tokens", step) % len(counts)]
 
-    def _softening(self, step: int, device: torch.device) -> Tensor | float:
+    def _softening(self, value: Tensor | float, device: torch.device) -> Tensor | float:
         # a tensor while it changes, so that a compiled graph does not take each value for a constant
-        changes = self.config.anneal_from != 1 and self.config.anneal_steps > 0
-        return torch.full((), softening_at(self.config, step), device=device) if changes else 1.0
+        if isinstance(value, Tensor) or self.config.anneal_from == 1 or self.config.anneal_steps == 0:
+            return value
+        return torch.full((), value, device=device)
 
     def _shrink(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 h w"]:
         images = images.float()

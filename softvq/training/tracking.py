@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from softvq.errors import Interrupted, RunError
 from softvq.files import write_bytes, write_json
 
-__all__ = ["Display", "RunLog", "TensorBoard", "read_log", "run_status"]
+__all__ = ["Display", "Pace", "RunLog", "TensorBoard", "read_log", "run_status"]
 
 Warn = Callable[[str], None]
 
@@ -163,6 +163,19 @@ class Display:
             self.console.print(
                 f"step {step}/{self.steps}  {summary}  {left} left", markup=False, highlight=False, soft_wrap=True
             )
+
+
+class Pace:
+    """Seconds per step since it was last asked."""
+
+    def __init__(self, step: int) -> None:
+        self._step, self._time = step, time.perf_counter()
+
+    def seconds_per_step(self, step: int) -> float:
+        """Return the seconds of each step since the last call, and begin to count anew."""
+        before, self._step = self._step, step
+        started, self._time = self._time, time.perf_counter()
+        return (self._time - started) / max(1, step - before)
 
 
 @contextlib.contextmanager

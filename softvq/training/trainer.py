@@ -25,8 +25,9 @@ from softvq.training import checkpoint as checkpoints
 from softvq.training import distributed
 from softvq.training.checkpoint import Checkpoint
 from softvq.training.optim import Ema, OptimConfig, Optimizer, copy_named, learning_rate
+from softvq.training.recording import Recorder
 from softvq.training.task import Task, split
-from softvq.training.tracking import Display, RunLog, TensorBoard
+from softvq.training.tracking import Display, Pace, RunLog, TensorBoard
 
 __all__ = ["TrainConfig", "Trainer"]
 
@@ -51,6 +52,9 @@ class TrainConfig:
     """`cpu`, `cuda`, `cuda:N`, or `auto`: CUDA where there is one."""
     compile: bool = False
     """Compile the networks: minutes at the start, a faster step from then on."""
+    cuda_graph: bool = False
+    """Record what a GPU does in a step and replay it, so that it never waits for the CPU; for one process and
+    `accumulate: 1`. It takes more memory, and nothing at all on the CPU."""
     log_every: int = 50
     """Steps between lines of the log."""
     save_every: int = 1000
@@ -73,6 +77,8 @@ class TrainConfig:
             raise InputError(f"sample_every is {self.sample_every}, expected at least 0")
         if self.batch_size % self.accumulate:
             raise InputError(f"accumulate is {self.accumulate}, expected a divisor of batch_size ({self.batch_size})")
+        if self.cuda_graph and self.accumulate > 1:
+            raise InputError(f"cuda_graph is true, which needs accumulate 1; it is {self.accumulate}")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay is {self.ema_decay}, expected at least 0 and below 1")
 
@@ -129,6 +135,13 @@ class Trainer:
         self._warned: set[str] = set()
         if config.compile:
             task.compile()
+        if config.cuda_graph and world_size() > 1:
+            raise InputError("cuda_graph is true, which needs a single process; set it to false under torchrun")
+        self._recorder = None
+        if config.cuda_graph and self.device.type == "cuda":
+            trained = [self.optimizer, *([self.critic_optimizer] if self.critic_optimizer else [])]
+            parameters = [p for optimizer in trained for p in optimizer.parameters.values()]
+            self._recorder = Recorder(self._differentiate, parameters)
         self._parallel = self._distributed(task)
         self._parallel_critic = None if task.critic is None else self._distributed(task.critic)
 
@@ -146,7 +159,7 @@ class Trainer:
         log = RunLog(self.run / "log.jsonl", self.step, self.warn) if is_main() else None
         board = TensorBoard(self.run, self.step, self.warn) if log and self.config.tensorboard else None
         display = Display(self.console, self.step, self.config.steps)
-        pace = _Pace(self.step)
+        pace = Pace(self.step)
         with distributed.StopSignals() as stop, display.live():
             # begun here, so that data workers inherit the handlers and do not die of a signal to the whole group
             stream = batches(self.step, self.config.steps - self.step)
@@ -191,8 +204,12 @@ class Trainer:
         if self.critic_optimizer is not None and self.task.critic_counts(self.step):
             optimizers["critic_grad_norm"] = self.critic_optimizer
         try:
+            scheduled = self.task.scheduled(self.step)
             for number, part in enumerate(parts, 1):
-                losses, terms = self._differentiate(part, last=number == len(parts), judged=len(optimizers) > 1)
+                if self._recorder is not None:
+                    losses, terms = self._recorder(self.task.phase(self.step), part, scheduled)
+                else:
+                    losses, terms = self._differentiate(part, scheduled, last=number == len(parts))
                 for name, value in {**losses, **terms}.items():
                     report[name] = report.get(name, 0) + value.detach() / len(parts)
         except torch.OutOfMemoryError as error:
@@ -205,15 +222,17 @@ class Trainer:
         self.ema.update(self.step + 1)
         return report
 
-    def _differentiate(self, part: Any, *, last: bool, judged: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _differentiate(
+        self, part: Any, scheduled: Mapping[str, Tensor | float], *, last: bool = True
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Add a micro-batch's gradients, the critic's after the model's, whose activations are free by then."""
         share = self.config.accumulate
         with self._gradients_stay_here(self._parallel, not last):
             with self.autocast():
-                loss, terms, made = self._parallel(part, self.step)
+                loss, terms, made = self._parallel(part, self.step, scheduled)
             (loss / share).backward()
         losses = {"loss": loss.detach()}
-        if judged and self._parallel_critic is not None:
+        if self._parallel_critic is not None and self.task.critic_counts(self.step):
             with self._gradients_stay_here(self._parallel_critic, not last):
                 with self.autocast():
                     loss, more = self._parallel_critic(*made)
@@ -248,7 +267,7 @@ class Trainer:
             )
 
     def _log(
-        self, report: dict[str, Tensor], pace: "_Pace", log: RunLog | None, board: TensorBoard | None, display: Display
+        self, report: dict[str, Tensor], pace: Pace, log: RunLog | None, board: TensorBoard | None, display: Display
     ) -> None:
         values = distributed.reduce_mean(report)
         for kind, sentence in self.task.warnings(values).items():
@@ -379,15 +398,3 @@ class Trainer:
             for name, value in found.items():
                 averages[name] = averages.get(name, 0) + value / self.config.accumulate
         return self.task.figures({name: mean_over_ranks(value) for name, value in averages.items()})
-
-
-class _Pace:
-    """Seconds per step since it was last asked."""
-
-    def __init__(self, step: int) -> None:
-        self._step, self._time = step, time.perf_counter()
-
-    def seconds_per_step(self, step: int) -> float:
-        before, self._step = self._step, step
-        started, self._time = self._time, time.perf_counter()
-        return (self._time - started) / max(1, step - before)
