@@ -4,7 +4,8 @@
 
 `FOLDER` holds `train` and `val`; without it the bundled photographs are taken. Of each quantizer the time of one update
 is measured first, which gives the number of updates that fit into the time, and so its whole schedule. All else is
-equal: seed, transformers, photographs in their order, losses, optimizer.
+equal: seed, transformers, photographs in their order, losses, optimizer. Trainings that share a device (`--at-once`)
+share its time unevenly; `--updates` gives all the same number of updates instead.
 """
 
 import argparse
@@ -116,7 +117,7 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Train one quantizer for its time and return its row."""
     quantizer = quantizers(arguments.codebook_size, arguments.parts)[name]
     *_, last = rehearse(recipe(arguments, quantizer, 10**6), Console(quiet=True), lambda _: None)
-    steps = max(20, int(arguments.minutes * 60 / last.seconds))
+    steps = arguments.updates or max(20, int(arguments.minutes * 60 / last.seconds))
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         trained = train_tokenizer(recipe(arguments, quantizer, steps), Path(folder) / "run")
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--codebook-size", type=int, default=1024)
     parser.add_argument("--parts", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=0.5)
+    parser.add_argument("--updates", type=int, help="so many for all, in place of the minutes")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--perceptual", default="none", help="none, installed, or a file with its weights")
@@ -181,7 +183,8 @@ def main() -> None:
         rows = {name: compare(name, arguments) for name in names}
     machine = torch.cuda.get_device_name() if on_gpu else platform.machine()
     machine += f", {arguments.at_once} at once" if arguments.at_once > 1 else ""
-    title = f"{arguments.preset}, {arguments.image_size} px, {arguments.tokens} tokens, {arguments.minutes} min each"
+    budget = f"{arguments.updates} updates" if arguments.updates else f"{arguments.minutes} min"
+    title = f"{arguments.preset}, {arguments.image_size} px, {arguments.tokens} tokens, {budget} each"
     table = Table("quantizer", *COLUMNS, title=f"{title}, {machine}, torch {torch.__version__}")
     for name, row in rows.items():
         table.add_row(name, *(f"{row[column]:.4g}" for column in COLUMNS))

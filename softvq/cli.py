@@ -174,7 +174,11 @@ def _add_train(commands: Commands) -> None:
     tokenizer.add_argument("--data", metavar="DIR", help="the folder of photographs (default: data.path of the recipe)")
     tokenizer.add_argument("--run", metavar="DIR", dest="run_dir", help="where to write (default: runs/NAME of recipe)")
     tokenizer.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint of --run")
-    tokenizer.add_argument("--dry-run", action="store_true", help="print the resolved recipe and sizes, train nothing")
+    tokenizer.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved recipe and sizes, try every phase for a few updates on noise, write nothing",
+    )
     tokenizer.add_argument("--device", metavar="NAME", help="auto, cpu or cuda (default: as the recipe says)")
     tokenizer.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="fields of the recipe, e.g. seed=1")
 

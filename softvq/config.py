@@ -21,7 +21,7 @@ import yaml
 
 from softvq.errors import InputError
 
-__all__ = ["apply_overrides", "from_dict", "read_json", "read_yaml", "to_dict", "to_yaml"]
+__all__ = ["apply_overrides", "flat", "from_dict", "read_json", "read_yaml", "to_dict", "to_yaml"]
 
 T = TypeVar("T")
 MAX_CONFIG_BYTES = 1 << 20
@@ -49,6 +49,18 @@ def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a dataclass as nested dictionaries, lists and scalars; `from_dict` of it gives the same config."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested groups as one, by dotted names.
+
+    >>> flat({"train": {"steps": 10}, "seed": 1})
+    {'train.steps': 10, 'seed': 1}
+    """
+    found: dict[str, Any] = {}
+    for name, value in data.items():
+        found.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+    return found
 
 
 def to_yaml(config: Any) -> str:

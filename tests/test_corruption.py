@@ -70,7 +70,7 @@ def test_noise_is_mixed_in_as_the_equation_says() -> None:
     latents = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7).view(6, 1, 1)
     t = uniform(fold_in(keys(6), 0), 1, 1)
     e = normal(fold_in(keys(6), 1), 4, 5)
-    deviation = torch.stack([sample.std() for sample in latents]).view(6, 1, 1)
+    deviation = torch.stack([sample.std(correction=0) for sample in latents]).view(6, 1, 1)
     assert ((t > 0) & (t < 1)).all()
     torch.testing.assert_close(noisy(latents, keys(6), 2.0), (1 - t) * latents + t * 2.0 * deviation * e)
 
@@ -85,7 +85,7 @@ def test_noise_has_mean_zero_and_the_deviation_of_the_latents_times_strength() -
     latents = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(1)).expand(4000, -1, -1) * 3 + 1
     t = uniform(fold_in(keys(), 0), 1, 1)
     noise = (noisy(latents, keys(), 0.5) - (1 - t) * latents) / t
-    deviation = 0.5 * float(latents[0].std())
+    deviation = 0.5 * float(latents[0].std(correction=0))
     assert float(noise.mean()) == pytest.approx(0, abs=5 * deviation / math.sqrt(noise.numel()))
     assert float(noise.std()) == pytest.approx(deviation, rel=5 / math.sqrt(2 * noise.numel()))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from softvq.config import from_dict
 from softvq.errors import InputError, RunError
 from softvq.losses.perceptual import PerceptualDistance
+from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.training import rehearsal, tokenizer_recipe
 from softvq.training.adversary import Adversary
 from softvq.training.rehearsal import Phase, phases, rehearse
@@ -240,3 +241,18 @@ def test_the_program_prints_the_phases(tmp_path: Path, capsys: pytest.CaptureFix
     assert "phase 'build': " in refused.err
     assert "absent.safetensors" in refused.err
     assert contents(tmp_path) == before
+
+
+def test_where_the_number_of_tokens_varies_the_most_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = family.recipe(family.SOFT)
+    config = dataclasses.replace(config, seed=1, model=dataclasses.replace(config.model, min_latent_tokens=1))
+    counts: list[int] = []
+    forward = ImageTokenizer.forward
+
+    def counted(self: ImageTokenizer, *arguments: Any, **options: Any) -> Any:
+        counts.append(options["num_tokens"])
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(ImageTokenizer, "forward", counted)
+    run(config)
+    assert set(counts) == {4}

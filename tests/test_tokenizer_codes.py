@@ -1,6 +1,7 @@
 """What a tokenizer says of its codewords, of fewer tokens, of softer posteriors, and what stays when it is saved."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +226,28 @@ def test_fresh_keys_are_drawn_where_none_are_given() -> None:
     assert not torch.equal(first, second)
     torch.manual_seed(1)
     assert torch.equal(tokenizer(pictures()).latents, first)
+
+
+def test_the_first_indices_decode_with_the_codebooks_they_are_of() -> None:
+    tokenizer = build(family.VQ, min_latent_tokens=1)
+    images = pictures()
+    indices, latents = tokenizer.encode_indices(images), tokenizer.encode_raw(images)
+    for count in range(1, latents.shape[1] + 1):
+        found = tokenizer.decode_indices(indices[:, :count])
+        torch.testing.assert_close(found, tokenizer.decode_raw(latents[:, :count]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("vq", (1, 3), "batch, 4"),
+        ("vq", (1, 4, 1), "batch, 4"),
+        ("residual", (1, 4), "batch, 4, 3"),
+        ("residual", (1, 4, 5), "batch, 4, 3"),
+        ("residual-product", (1, 4, 2), "batch, 4, 2, 2"),
+    ],
+)
+def test_indices_of_another_shape_are_refused(name: str, shape: tuple[int, ...], expected: str) -> None:
+    indices = torch.zeros(shape, dtype=torch.int64)
+    with pytest.raises(InputError, match=re.escape(f"indices are {list(shape)}, expected [{expected}]")):
+        build(family.QUANTIZERS[name]).decode_indices(indices)

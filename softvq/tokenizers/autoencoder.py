@@ -18,11 +18,7 @@ from softvq.randomness import fold_in
 from softvq.tokenizers import released
 from softvq.tokenizers.config import TokenizerConfig
 from softvq.tokenizers.corruption import CorruptionConfig, noisy, patch_mask
-from softvq.tokenizers.quantizers import (
-    build_quantizer,
-    innermost,
-    unit_vectors,
-)
+from softvq.tokenizers.quantizers import build_quantizer, code_shape, innermost, unit_vectors
 from softvq.tokenizers.vit import ViTDecoder, ViTEncoder, load_timm_weights
 
 __all__ = ["ImageTokenizer", "TokenizerOutput"]
@@ -202,20 +198,25 @@ class ImageTokenizer(nn.Module):
         """Return images for the codewords themselves: what a hard quantizer decodes, and a soft one comes close to.
 
         Args:
-            indices: As `encode_indices` gives them.
+            indices: As `encode_indices` gives them, or the first tokens of those where `decode` takes so few.
             size: Height and width in pixels; the config's `image_size` squared by default.
 
         Returns:
             RGB around [-1, 1].
 
         Raises:
-            InputError: If the quantizer has no codebook, or an index is none of its codewords.
+            InputError: If the quantizer has no codebook, or the indices are not of its codewords.
         """
-        quantizer = self._codebook()
+        quantizer, shape = self._codebook(), code_shape(self.config.quantizer)
+        most, tokens = self.config.num_latent_tokens, indices.shape[1] if indices.ndim > 1 else 0
+        if tuple(indices.shape[2:]) != shape or not (self.config.min_latent_tokens or most) <= tokens <= most:
+            expected = ", ".join(map(str, ("batch", most, *shape)))
+            raise InputError(f"indices are {list(indices.shape)}, expected [{expected}]")
         codes = getattr(innermost(self.config.quantizer), "codebook_size", 0)
         if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < codes):
             raise InputError(f"indices are {int(indices.min())} to {int(indices.max())}, expected 0 to {codes - 1}")
-        return self.decode_raw(quantizer.lookup(indices), size)
+        rest = indices.new_zeros(len(indices), most - tokens, *shape)  # which codebook is a token's depends on all
+        return self.decode_raw(quantizer.lookup(torch.cat([indices, rest], dim=1))[:, :tokens], size)
 
     def top_codewords(
         self, images: Float[Tensor, "batch 3 height width"], k: int = 5

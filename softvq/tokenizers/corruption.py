@@ -70,7 +70,7 @@ def noisy(
         Latents of the same shape.
     """
     t = uniform(fold_in(keys, 0), 1, 1)
-    deviation = latents.detach().std(dim=(1, 2), keepdim=True)
+    deviation = latents.detach().std(dim=(1, 2), correction=0, keepdim=True)
     return (1 - t) * latents + t * strength * deviation * normal(fold_in(keys, 1), *latents.shape[1:])
 
 

@@ -38,6 +38,7 @@ __all__ = [
     "VQConfig",
     "build_quantizer",
     "check_quantizer",
+    "code_shape",
     "innermost",
     "unit_vectors",
 ]
@@ -98,6 +99,15 @@ def innermost(config: QuantizerConfig) -> LeafConfig:
     while isinstance(config, ProductConfig | ResidualConfig):
         config = config.inner
     return config
+
+
+def code_shape(config: QuantizerConfig) -> tuple[int, ...]:
+    """Return the axes that indices have after the token's: parts and depths, the outer wrapper's first."""
+    shape: tuple[int, ...] = ()
+    while isinstance(config, ProductConfig | ResidualConfig):
+        shape += (config.parts if isinstance(config, ProductConfig) else config.depth,)
+        config = config.inner
+    return shape
 
 
 def unit_vectors(config: QuantizerConfig) -> int:

@@ -54,7 +54,8 @@ class AdversarialConfig:
     augment_probability: float = 0.5
     """Probability of each of the three, for each image; the strong augmentation has 1."""
     micro_batches: int = 1
-    """Parts in which the discriminator sees a batch, one after the other; with `checkpoint` this saves memory."""
+    """Parts in which the discriminator sees a batch, one after the other; with `checkpoint` this saves memory. StyleGAN
+    compares neighbouring samples, so that there parts should hold a multiple of its `group`."""
     checkpoint: bool = False
     """Compute the discriminator's activations again in the backward pass instead of keeping them."""
     optim: OptimConfig | None = None

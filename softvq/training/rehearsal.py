@@ -99,7 +99,7 @@ def rehearse(config: TokenizerRunConfig, console: Console, warn: Callable[[str],
     batch = _noise(config)
     batch = batch.pin_memory() if device.type == "cuda" else batch
     for phase in phases(config):
-        trainer.step = phase.first_step
+        trainer.step = max(range(phase.first_step, phase.first_step + 64), key=lambda step: _tokens(trainer, step))
         try:
             seconds, memory = _measure(trainer, batch)
         except RunError as error:
@@ -108,6 +108,12 @@ def rehearse(config: TokenizerRunConfig, console: Console, warn: Callable[[str],
         trained = [*task.model.parameters(), *(task.critic.parameters() if judged and task.critic else ())]
         parameters = sum(p.numel() for p in trained if p.requires_grad)
         yield dataclasses.replace(phase, parameters=parameters, seconds=seconds, memory=memory)
+
+
+def _tokens(trainer: Trainer, step: int) -> int:
+    """Return how many tokens a step decodes: where they vary, the most is what has to fit."""
+    tokens = trainer.task.phase(step)
+    return (tokens[2] or 0) if isinstance(tokens, tuple) else 0
 
 
 def _measure(trainer: Trainer, batch: Batch) -> tuple[float, int]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from softvq.backbones import FrozenBackbone, load_backbone
-from softvq.config import to_dict
+from softvq.config import flat, to_dict
 from softvq.data.folder import DataConfig
 from softvq.errors import InputError
 from softvq.losses.perceptual import load_perceptual
@@ -23,6 +23,9 @@ from softvq.training.tokenizer_task import LossConfig, TokenizerTask
 from softvq.training.trainer import TrainConfig
 
 __all__ = ["TokenizerRunConfig", "build_task", "expand_preset"]
+
+FREE = ("pretrained", "init", "layer_scale_init", "min_latent_tokens", "_weight")
+"""Ends of the names of fields in which a tokenizer may differ from the one it starts from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +60,10 @@ class TokenizerRunConfig:
             raise InputError(f"loss.perceptual_size is {smaller}, expected a divisor of model.image_size ({size})")
         if self.decoder_only and self.start_from is None:
             raise InputError("decoder_only is true, which needs start_from, the tokenizer whose encoder is kept")
+        if self.decoder_only and self.corruption.mask_ratio[1] > 0:
+            raise InputError(
+                "decoder_only is true, which needs the latents of use; set corruption.mask_ratio to [0, 0]"
+            )
         if self.decoder_only and (self.loss.alignment is not None or self.loss.anneal_steps > 0):
             raise InputError(
                 "decoder_only is true, which leaves nothing for loss.alignment or loss.anneal_steps to change"
@@ -107,7 +114,7 @@ def build_task(
     manual_seed(config.seed, "init")
     tokenizer = ImageTokenizer(config.model)
     if fresh and config.start_from is not None:
-        _start_from(tokenizer, config.start_from)
+        _start_from(tokenizer, config.start_from, FREE if config.decoder_only else (*FREE, "temperature"))
         say(f"{config.start_from}: starts from its weights")
     elif fresh:
         for sentence in tokenizer.load_backbones():
@@ -142,20 +149,16 @@ def _teacher(config: AlignmentConfig, model: TokenizerConfig, device: torch.devi
     return teacher
 
 
-def _start_from(tokenizer: ImageTokenizer, name: str) -> None:
+def _start_from(tokenizer: ImageTokenizer, name: str, free: tuple[str, ...]) -> None:
     source = ImageTokenizer.from_pretrained(name)
-    ours, theirs = (model.state_dict() for model in (tokenizer, source))
-    wrong = sorted(key for key in ours.keys() | theirs.keys() if _shape(ours, key) != _shape(theirs, key))
-    if wrong:
-        raise InputError(
-            f"start_from is {name!r}, whose architecture is not that of model: {', '.join(wrong[:3])} differ; "
-            "copy model from its config.json"
-        )
-    copy_named(ours, theirs, "tokenizer")
-
-
-def _shape(state: Mapping[str, torch.Tensor], key: str) -> torch.Size | None:
-    return state[key].shape if key in state else None
+    new, old = (flat(to_dict(model.config)) for model in (tokenizer, source))
+    changed = [field for field in dict.fromkeys([*old, *new]) if old.get(field) != new.get(field)]
+    changed = [
+        f"{field} was {old.get(field)!r}, is {new.get(field)!r}" for field in changed if not field.endswith(free)
+    ]
+    if changed:
+        raise InputError(f"start_from is {name!r}, a tokenizer of another architecture ({'; '.join(changed[:3])})")
+    copy_named(tokenizer.state_dict(), source.state_dict(), "tokenizer")
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

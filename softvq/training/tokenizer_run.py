@@ -26,7 +26,7 @@ from rich.console import Console
 from torch import Tensor
 
 import softvq
-from softvq.config import from_dict, read_json, read_yaml, to_dict, to_yaml
+from softvq.config import flat, from_dict, read_json, read_yaml, to_dict, to_yaml
 from softvq.data.folder import Batch, PhotoFolder, batches
 from softvq.data.images import center_crop, find_images, read_image, to_image, to_tensor
 from softvq.errors import InputError
@@ -136,8 +136,8 @@ def _claim(run: Path, config: TokenizerRunConfig, folder: PhotoFolder, resume: b
 
 def _check_config(run: Path, config: TokenizerRunConfig) -> None:
     path = run / "config.yaml"
-    before = _flat(to_dict(from_dict(TokenizerRunConfig, read_yaml(path), str(path))))
-    now = _flat(to_dict(config))
+    before = flat(to_dict(from_dict(TokenizerRunConfig, read_yaml(path), str(path))))
+    now = flat(to_dict(config))
     free = FREE_FIELDS | ({"train.steps"} if config.optim.schedule == "constant" else set())
     changed = [
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
@@ -229,13 +229,6 @@ def _versions() -> dict[str, str]:
 
 def _hash(config: TokenizerRunConfig) -> str:
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in data.items():
-        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
-    return flat
 
 
 def _say(console: Console, text: str) -> None:
