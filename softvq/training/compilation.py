@@ -25,7 +25,7 @@ def compile_regions(module: nn.Module, **options: Any) -> None:
 
     Args:
         module: Changed in place.
-        options: As `torch.nn.Module.compile` takes them.
+        **options: As `torch.nn.Module.compile` takes them.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     options = {"dynamic": False, **options}
