@@ -18,12 +18,12 @@ from softvq.losses.discriminators import (
     DiscriminatorConfig,
     HalvingBlock,
     PatchGANConfig,
-    SpectralConv1d,
     StyleGANConfig,
     TokenHead,
     build_discriminator,
     group_deviation,
 )
+from softvq.losses.spectral import SpectralConv1d
 from softvq.randomness import generator, keys_of
 
 SMALL = {
