@@ -48,6 +48,7 @@ def quantizers(size: int, parts: int) -> dict[str, dict[str, Any]]:
     return {
         "softvq": soft,
         "softvq, 1 codebook": one,
+        "softvq, 1 codebook, temperature 0.15": {**one, "temperature": 0.15},
         "vq": hard,
         "kl": {"kind": "kl"},
         "none": {"kind": "none"},

@@ -77,8 +77,8 @@ class FrozenBackbone(nn.Module):
         self._hidden: tuple[Any] = (network.eval().requires_grad_(False),)
         self._check_layers()
         self._prune()
-        shapes = self._shapes()
         network.to(dtype)
+        shapes = self._shapes()
         self.channels: tuple[int, ...] = tuple(shape[0] for shape in shapes)
         self.patches: int = math.prod(shapes[-1][1:])
 
@@ -288,7 +288,16 @@ def _load_file(network: Any, name: str, path: Path) -> None:
             f"{path}: {len(wrong)} tensors are missing, unknown or of another shape than timm's {name} has "
             f"({', '.join(wrong[:3])}); save them from that model's state_dict()"
         )
+    broken = sorted(key for key in expected if not _usable(state[key], own[key]))
+    if broken:
+        raise InputError(f"{path}: {', '.join(broken[:3])} hold numbers that are not finite, or none that are real")
     network.load_state_dict(state, strict=False)
+
+
+def _usable(tensor: Tensor, own: Tensor) -> bool:
+    if not own.is_floating_point():
+        return not tensor.is_floating_point() and not tensor.is_complex()
+    return tensor.is_floating_point() and bool(tensor.isfinite().all())
 
 
 def _resample(state: dict[str, Tensor], network: Any) -> None:
@@ -297,9 +306,10 @@ def _resample(state: dict[str, Tensor], network: Any) -> None:
     kernel, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
     if kernel is not None and kernel.ndim == 4 and "patch_embed.proj.weight" in own:
         size = own["patch_embed.proj.weight"].shape[2:]
-        if kernel.shape[2:] != size:
+        if kernel.shape[2:] != size and min(kernel.shape) > 0:
             state["patch_embed.proj.weight"] = resample_patch_embed(kernel.float(), list(size))
-    if positions is not None and positions.ndim == 3 and "pos_embed" in own:
+    fits = positions is not None and "pos_embed" in own and positions.shape[::2] == own["pos_embed"].shape[::2]
+    if positions is not None and positions.ndim == 3 and fits:
         prefix = 0 if getattr(network, "no_embed_class", False) else getattr(network, "num_prefix_tokens", 1)
         places = max(positions.shape[1] - prefix, 0)
         if places and math.isqrt(places) ** 2 == places:

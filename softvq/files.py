@@ -127,7 +127,7 @@ def read_tensors(path: Path | str) -> tuple[dict[str, "Tensor"], dict[str, str]]
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a mapping
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, RuntimeError, TypeError, ValueError) as error:
         with path.open("rb") as file:
             head = file.read(4)
         if head[:2] == b"PK" or head[:1] == b"\x80":

@@ -64,7 +64,8 @@ def test_the_weight_waits_jumps_or_rises_and_stays() -> None:
     rising = AdversarialConfig(weight=2.0, start=10, warmup_steps=4)
     assert [adversarial_weight_at(rising, step) for step in steps] == [0, 0, 0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
     assert adversarial_weight_at(AdversarialConfig(weight=0.2, start=0), 0) == 0.2
-    assert adversarial_weight_at(AdversarialConfig(weight=0.0, start=0), 100) == 0
+    with pytest.raises(InputError, match=r"weight is 0.0, expected more than 0; leave adversarial out"):
+        AdversarialConfig(weight=0.0)
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

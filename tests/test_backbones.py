@@ -298,3 +298,19 @@ def test_weights_that_cannot_be_had_are_named_with_the_ways_out():
         load_backbone("resnet18.fb_ssl_yfcc100m_ft_in1k", image_size=32)
     with pytest.raises(InputError, match="timm's weights of efficientnet_lite1 cannot be had here"):
         load_backbone("efficientnet_lite1", image_size=32)  # which nobody ever trained
+
+
+def test_a_cnn_computes_in_low_precision_too():
+    backbone = load_backbone("resnet18", image_size=64, pretrained=False, dtype=torch.bfloat16)
+    (features,) = backbone(torch.zeros(1, 3, 64, 64))
+    assert features.dtype == torch.bfloat16
+    assert backbone.patches == features.shape[2] * features.shape[3]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, tmp_path):
+    state = {key: tensor.clone() for key, tensor in timm.create_model("test_vit", num_classes=0).state_dict().items()}
+    state["norm.weight"][0] = value
+    write_tensors(tmp_path / "broken.safetensors", state)
+    with pytest.raises(InputError, match=r"broken.safetensors: norm.weight hold numbers that are not finite"):
+        load_backbone("test_vit", image_size=160, weights=str(tmp_path / "broken.safetensors"))

@@ -358,3 +358,12 @@ def test_the_smallest_pictures_are_judged():
     images = pictures(2, 24)
     assert build_discriminator(PatchGANConfig(width=4), image_size=24)(images, keys_for(2)).shape == (2, 1)
     assert small("stylegan", 8)(pictures(2, 8), keys_for(2)).shape == (2, 1)
+
+
+def test_the_spectral_norm_is_followed_in_float32_under_autocast():
+    layer = SpectralConv1d(24, 16, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.advance(200)
+    true = torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2)
+    torch.testing.assert_close(layer.sigma(), true, rtol=1e-4, atol=0)
+    torch.testing.assert_close(layer.left.norm(), torch.tensor(1.0), rtol=1e-6, atol=0)

@@ -251,3 +251,21 @@ def test_indices_of_another_shape_are_refused(name: str, shape: tuple[int, ...],
     indices = torch.zeros(shape, dtype=torch.int64)
     with pytest.raises(InputError, match=re.escape(f"indices are {list(shape)}, expected [{expected}]")):
         build(family.QUANTIZERS[name]).decode_indices(indices)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1), (1, 4, 5), (8,), (4, 8), (1, 3, 8)])
+@pytest.mark.parametrize("how", ["decode", "decode_raw"])
+def test_latents_of_another_shape_are_never_stretched(how: str, shape: tuple[int, ...]) -> None:
+    tokenizer = build(family.VQ)
+    function = getattr(ImageTokenizer, how)
+    unchecked = getattr(function, "__wrapped__", function)  # without the tests' own check of shapes
+    with pytest.raises(InputError, match=re.escape(f"latents are {list(shape)}, expected [batch, 4, 8]")):
+        unchecked(tokenizer, torch.zeros(shape))
+
+
+def test_indices_are_whole_numbers_of_any_width() -> None:
+    tokenizer, images = build(family.VQ), pictures()
+    indices = tokenizer.encode_indices(images)
+    assert torch.equal(tokenizer.decode_indices(indices.to(torch.int16)), tokenizer.decode_indices(indices))
+    with pytest.raises(InputError, match=r"indices are torch.float32, expected whole numbers"):
+        getattr(ImageTokenizer.decode_indices, "__wrapped__", ImageTokenizer.decode_indices)(tokenizer, indices.float())

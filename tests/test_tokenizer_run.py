@@ -15,7 +15,7 @@ from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.tokenizers.presets import preset
 from softvq.training import tokenizer_run
 from softvq.training.checkpoint import latest, run_lock
-from softvq.training.tokenizer_recipe import TokenizerRunConfig, expand_preset
+from softvq.training.tokenizer_recipe import TokenizerRunConfig, expand_preset, idle_settings
 from softvq.training.tokenizer_run import train_tokenizer
 from softvq.training.tracking import read_log
 
@@ -283,3 +283,35 @@ def test_every_config_is_whole(path: Path) -> None:
     assert from_dict(TokenizerRunConfig, to_dict(settings)) == settings
     header = path.read_text().split("\n\n")[0]
     assert all(word in header for word in ("softvq train tokenizer", "Hardware:", "Expectation:", "Source:"))
+
+
+def test_a_mistake_found_while_building_leaves_a_folder_that_can_be_used(tmp_path: Path, photographs: Path) -> None:
+    loss = {
+        "perceptual_weight": 0.0,
+        "alignment": {"teacher": "test_vit", "weights": str(tmp_path / "absent.safetensors")},
+    }
+    with pytest.raises(InputError, match=r"loss.alignment: .*absent.safetensors: no such file"):
+        train_tokenizer(config(photographs, loss=loss), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    train_tokenizer(config(photographs), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"loss__adversarial": {"discriminator": {"kind": "patchgan"}}}, "starts at step 20000, but the run ends at 6"),
+        ({"loss__anneal_from": 8.0}, "loss.anneal_from is 8.0 but has no effect, anneal_steps is 0"),
+        (
+            {
+                "loss__anneal_from": 8.0,
+                "loss__anneal_steps": 4,
+                "model__quantizer": {"kind": "vq", "codebook_size": 16},
+            },
+            "loss.anneal_from is 8.0 but has no effect, vq has no temperature to anneal",
+        ),
+        ({}, ""),
+    ],
+)
+def test_settings_without_effect_are_told(changes: dict[str, object], sentence: str, photographs: Path) -> None:
+    found = idle_settings(config(photographs, **changes))
+    assert (len(found), sentence in "".join(found)) == (int(bool(sentence)), True)

@@ -285,7 +285,7 @@ def test_out_of_memory_is_one_sentence(tmp_path: Path) -> None:
     def exhaust(step: int, loss: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(RunError, match=r"step 1: the GPU is out of memory; raise train.accumulate"):
+    with pytest.raises(RunError, match=r"step 1: out of memory; raise train.accumulate"):
         trainer(tmp_path, Regression(before=exhaust)).fit(points)
 
 

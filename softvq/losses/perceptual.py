@@ -179,8 +179,15 @@ def load_perceptual(weights: str | Path | None = None) -> PerceptualDistance:
             f"{path}: {len(wrong)} tensors are missing, unknown or of another shape than the perceptual distance has "
             f"({', '.join(wrong[:3])}); save them from PerceptualDistance.state_dict()"
         )
+    broken = sorted(name for name, tensor in state.items() if not _usable(tensor))
+    if broken:
+        raise InputError(f"{path}: {', '.join(broken[:3])} hold numbers that are not finite, or none that are real")
     distance.load_state_dict(state)
     return distance
+
+
+def _usable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.isfinite().all())
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -43,9 +43,10 @@ class SpectralConv1d(nn.Module):
     def advance(self, iterations: int = 1) -> None:
         """Move u and v towards the singular vectors of the largest singular value."""
         matrix = self.weight.flatten(1)
-        for _ in range(iterations):
-            self.right.copy_(F.normalize(matrix.mT @ self.left, dim=0))
-            self.left.copy_(F.normalize(matrix @ self.right, dim=0))
+        with torch.autocast(matrix.device.type, enabled=False):
+            for _ in range(iterations):
+                self.right.copy_(F.normalize(matrix.mT @ self.left, dim=0))
+                self.left.copy_(F.normalize(matrix @ self.right, dim=0))
 
     def sigma(self) -> Float[Tensor, ""]:
         """Return the estimate of the spectral norm, with gradient to the weight."""

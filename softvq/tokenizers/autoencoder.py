@@ -150,6 +150,7 @@ class ImageTokenizer(nn.Module):
         Raises:
             InputError: If the latents are not of this tokenizer's shape, or the size is not divisible by the patch.
         """
+        self._check_latents(latents)
         return self.decode_raw(latents * self.latent_std + self.latent_mean, size)
 
     def encode_raw(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch token dim"]:
@@ -160,12 +161,7 @@ class ImageTokenizer(nn.Module):
         self, latents: Float[Tensor, "batch token dim"], size: tuple[int, int] | None = None
     ) -> Float[Tensor, "batch 3 height width"]:
         """Return images for latents as the quantizer gives them; otherwise like `decode`."""
-        least, most = self.config.min_latent_tokens, self.config.num_latent_tokens
-        fits = latents.shape[1] == most or (least is not None and least <= latents.shape[1] <= most)
-        if latents.ndim != 3 or not fits or latents.shape[2] != self.config.latent_dim:
-            tokens = most if least is None else f"{least} to {most}"
-            expected = f"[batch, {tokens}, {self.config.latent_dim}]"
-            raise InputError(f"latents are {list(latents.shape)}, expected {expected}")
+        self._check_latents(latents)
         size = size or (self.config.image_size, self.config.image_size)
         self._check_size(*size)
         return self._decode(latents, size)
@@ -175,7 +171,7 @@ class ImageTokenizer(nn.Module):
     ) -> Float[Tensor, "batch token channel"]:
         """Return what the quantizer sees: the encoder's outputs after the linear layer to its input channels."""
         self._check_images(images)
-        return self.to_latents(self.encoder(images, masked))
+        return self.to_latents(self.encoder(images.to(self.to_latents.weight.dtype), masked))
 
     def encode_indices(self, images: Float[Tensor, "batch 3 height width"]) -> Int[Tensor, "batch token *stage"]:
         """Return the likeliest codeword of every token.
@@ -209,6 +205,8 @@ class ImageTokenizer(nn.Module):
         """
         quantizer, shape = self._codebook(), code_shape(self.config.quantizer)
         most, tokens = self.config.num_latent_tokens, indices.shape[1] if indices.ndim > 1 else 0
+        if indices.is_floating_point():
+            raise InputError(f"indices are {indices.dtype}, expected whole numbers, such as torch.int64")
         if tuple(indices.shape[2:]) != shape or not (self.config.min_latent_tokens or most) <= tokens <= most:
             expected = ", ".join(map(str, ("batch", most, *shape)))
             raise InputError(f"indices are {list(indices.shape)}, expected [{expected}]")
@@ -216,7 +214,7 @@ class ImageTokenizer(nn.Module):
         if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < codes):
             raise InputError(f"indices are {int(indices.min())} to {int(indices.max())}, expected 0 to {codes - 1}")
         rest = indices.new_zeros(len(indices), most - tokens, *shape)  # which codebook is a token's depends on all
-        return self.decode_raw(quantizer.lookup(torch.cat([indices, rest], dim=1))[:, :tokens], size)
+        return self.decode_raw(quantizer.lookup(torch.cat([indices, rest], dim=1).long())[:, :tokens], size)
 
     def top_codewords(
         self, images: Float[Tensor, "batch 3 height width"], k: int = 5
@@ -335,8 +333,16 @@ class ImageTokenizer(nn.Module):
             raise InputError(f"the quantizer is {self.config.quantizer.kind!r}, which has no codewords to index")
         return self.quantizer
 
+    def _check_latents(self, latents: Tensor) -> None:
+        least, most = self.config.min_latent_tokens, self.config.num_latent_tokens
+        fits = latents.ndim == 3 and (least or most) <= latents.shape[1] <= most
+        if not fits or latents.shape[2] != self.config.latent_dim:
+            tokens = most if least is None else f"{least} to {most}"
+            expected = f"[batch, {tokens}, {self.config.latent_dim}]"
+            raise InputError(f"latents are {list(latents.shape)}, expected {expected}")
+
     def _check_images(self, images: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1] != 3:
+        if images.ndim != 4 or images.shape[1] != 3 or not len(images):
             raise InputError(
                 f"images are {list(images.shape)}, expected [batch, 3, height, width]; [None] adds the batch"
             )

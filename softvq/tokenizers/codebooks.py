@@ -216,6 +216,7 @@ def unit(vectors: Tensor) -> Tensor:
     vectors = vectors.float()
     lengths = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     units = vectors / lengths.clamp(min=SHORTEST)
+    units = torch.where(lengths.isfinite(), units, torch.nan)  # overflown ones have no direction, and must not pass
     return torch.where(lengths < SHORTEST, units.detach(), units)
 
 

@@ -59,11 +59,14 @@ class AdversarialConfig:
     checkpoint: bool = False
     """Compute the discriminator's activations again in the backward pass instead of keeping them."""
     optim: OptimConfig | None = None
-    """How the discriminator is updated; null takes the tokenizer's."""
+    """How the discriminator is updated; null takes the tokenizer's. Its schedule counts from step 0, as the tokenizer's
+    does, so that a warm-up is over by `start` unless it is longer."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
-        for name in ("weight", "start", "warmup_steps", "lecam_weight", "consistency_weight"):
+        if not self.weight > 0:
+            raise InputError(f"weight is {self.weight}, expected more than 0; leave adversarial out to train without")
+        for name in ("start", "warmup_steps", "lecam_weight", "consistency_weight"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least 0")
         for name in ("translation", "cutout", "augment_probability"):
@@ -160,9 +163,7 @@ class Adversary(nn.Module):
         if self.config.consistency_weight == 0:
             return self._logits(weak, keys, {}), None
         strong = self._augmented(images, fold_in(keys, 1), strong=True)
-        logits = self._logits(torch.cat([weak, strong]), torch.cat([keys, keys]), {})
-        weak, strong = logits.chunk(2)
-        return weak, strong
+        return self._logits(weak, keys, {}), self._logits(strong, keys, {})
 
     def _augmented(self, images: Tensor, keys: Tensor, strong: bool = False) -> Tensor:
         config = self.config

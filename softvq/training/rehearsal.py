@@ -4,6 +4,7 @@ Phases differ in what they compute. A discriminator that starts at step 20,000 a
 here, not a day later.
 """
 
+import contextlib
 import dataclasses
 import os
 import resource
@@ -18,7 +19,7 @@ from softvq.data.folder import Batch
 from softvq.errors import InputError, RunError
 from softvq.training import distributed
 from softvq.training.adversary import adversarial_weight_at
-from softvq.training.tokenizer_recipe import TokenizerRunConfig, build_task
+from softvq.training.tokenizer_recipe import TokenizerRunConfig, build_task, idle_settings
 from softvq.training.tokenizer_task import perceptual_weight_at
 from softvq.training.trainer import Trainer
 
@@ -81,9 +82,8 @@ def rehearse(config: TokenizerRunConfig, console: Console, warn: Callable[[str],
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a dry run is of one process; run it without torchrun, with train.batch_size of one process")
-    adversarial = config.loss.adversarial
-    if adversarial is not None and adversarial.start >= config.train.steps:
-        warn(f"the discriminator starts at step {adversarial.start}, but the run ends at {config.train.steps}")
+    for sentence in idle_settings(config):
+        warn(sentence)
     device = distributed.choose_device(config.train.device)
     try:
         task = build_task(config, device, say=warn)
@@ -142,11 +142,17 @@ def _noise(config: TokenizerRunConfig) -> Batch:
 
 def _check_memory(weights: int, device: torch.device) -> None:
     needed = weights * BYTES_PER_WEIGHT
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory()
     if needed > free:
         raise RunError(
             f"{needed / 2**30:.1f} GiB are needed for weights and their state alone, {free / 2**30:.1f} GiB are free"
         )
+
+
+def _available_memory() -> int:
+    """Return the bytes that programs can have, caches given up for them counted in."""
+    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,13 +17,15 @@ from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.tokenizers.config import TokenizerConfig
 from softvq.tokenizers.corruption import CorruptionConfig
 from softvq.tokenizers.presets import preset
+from softvq.tokenizers.quantizers import innermost
 from softvq.training.adversary import Adversary
 from softvq.training.optim import OptimConfig, copy_named
 from softvq.training.tokenizer_task import LossConfig, TokenizerTask
 from softvq.training.trainer import TrainConfig
 
-__all__ = ["TokenizerRunConfig", "build_task", "expand_preset"]
+__all__ = ["TokenizerRunConfig", "build_task", "expand_preset", "idle_settings"]
 
+T = TypeVar("T")
 FREE = ("pretrained", "init", "layer_scale_init", "min_latent_tokens", "_weight")
 """Ends of the names of fields in which a tokenizer may differ from the one it starts from."""
 
@@ -94,6 +96,19 @@ def expand_preset(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**data, "model": _merged(to_dict(preset(model["preset"])), fields)}
 
 
+def idle_settings(config: TokenizerRunConfig) -> list[str]:
+    """Return a sentence for each setting of a recipe that is valid but without effect in it."""
+    found, loss, kind = [], config.loss, innermost(config.model.quantizer).kind
+    if loss.adversarial is not None and loss.adversarial.start >= config.train.steps:
+        found.append(
+            f"the discriminator starts at step {loss.adversarial.start}, but the run ends at {config.train.steps}"
+        )
+    if loss.anneal_from != 1 and (loss.anneal_steps == 0 or kind in {"vq", "kl", "none"}):
+        reason = "anneal_steps is 0" if loss.anneal_steps == 0 else f"{kind} has no temperature to anneal"
+        found.append(f"loss.anneal_from is {loss.anneal_from} but has no effect, {reason}")
+    return found
+
+
 def build_task(
     config: TokenizerRunConfig, device: torch.device, *, fresh: bool = True, say: Callable[[str], None] = lambda _: None
 ) -> TokenizerTask:
@@ -130,9 +145,17 @@ def build_task(
         seed=config.seed,
         corruption=config.corruption,
         perceptual=load_perceptual(loss.perceptual_weights) if loss.perceptual_weight > 0 else None,
-        teacher=None if loss.alignment is None else _teacher(loss.alignment, config.model, device),
-        adversary=None if loss.adversarial is None else Adversary(loss.adversarial, image_size=size, dtype=backbone),
+        teacher=_named("loss.alignment", _teacher, loss.alignment, config.model, device),
+        adversary=_named("loss.adversarial", Adversary, loss.adversarial, image_size=size, dtype=backbone),
     )
+
+
+def _named(field: str, build: Callable[..., T], config: Any, *arguments: Any, **options: Any) -> T | None:
+    """Build what an optional group of fields describes; a mistake in it is told with the name of the group."""
+    try:
+        return None if config is None else build(config, *arguments, **options)
+    except InputError as error:
+        raise InputError(f"{field}: {error}") from error
 
 
 def _teacher(config: AlignmentConfig, model: TokenizerConfig, device: torch.device) -> FrozenBackbone:
@@ -153,6 +176,8 @@ def _start_from(tokenizer: ImageTokenizer, name: str, free: tuple[str, ...]) -> 
     source = ImageTokenizer.from_pretrained(name)
     new, old = (flat(to_dict(model.config)) for model in (tokenizer, source))
     changed = [field for field in dict.fromkeys([*old, *new]) if old.get(field) != new.get(field)]
+    if "quantizer.kind" in changed:  # each kind has fields of its own, which say no more
+        changed = [field for field in changed if field == "quantizer.kind" or not field.startswith("quantizer.")]
     changed = [
         f"{field} was {old.get(field)!r}, is {new.get(field)!r}" for field in changed if not field.endswith(free)
     ]

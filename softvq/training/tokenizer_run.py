@@ -35,7 +35,7 @@ from softvq.ranks import is_main, rank, world_size
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.training import checkpoint as checkpoints
 from softvq.training import distributed
-from softvq.training.tokenizer_recipe import TokenizerRunConfig, build_task
+from softvq.training.tokenizer_recipe import TokenizerRunConfig, build_task, idle_settings
 from softvq.training.tokenizer_task import TokenizerTask
 from softvq.training.tracking import run_status
 from softvq.training.trainer import Trainer
@@ -96,6 +96,10 @@ def _train(config: TokenizerRunConfig, run: Path, resume: bool, console: Console
     distributed.wait_for_all()
     saved = checkpoints.latest(run)
     trainer = _build(config, run, console, fresh=saved is None)
+    if main:
+        _register(run, config, folder)
+        for sentence in idle_settings(config):
+            trainer.warn(sentence)
     if saved:
         _compare_versions(trainer.restore(saved), trainer)
         done = saved.step >= config.train.steps
@@ -130,7 +134,12 @@ def _claim(run: Path, config: TokenizerRunConfig, folder: PhotoFolder, resume: b
         if before != data:
             numbers = f"it had {before.get('images')} images, now {len(folder)}"
             raise InputError(f"{folder.root}: is not the data set {run} was started with ({numbers}); restore it")
+
+
+def _register(run: Path, config: TokenizerRunConfig, folder: PhotoFolder) -> None:
+    """Write down what the run is; not before everything is built, so that a mistake in a recipe leaves nothing."""
     write_text(run / "config.yaml", to_yaml(config))
+    data = {"images": len(folder), "fingerprint": folder.fingerprint}
     write_json(run / "run.json", {"config_sha256": _hash(config), "data": data, "versions": _versions()})
 
 

@@ -48,6 +48,8 @@ class FeatureConfig:
         """Refuse values outside their range."""
         if not self.weight >= 0:
             raise InputError(f"weight is {self.weight}, expected at least 0")
+        if self.decoder.pretrained is not None:
+            raise InputError(f"decoder.pretrained is {self.decoder.pretrained!r}, expected null: it starts at random")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,8 +280,9 @@ class TokenizerTask(Task):
                 total = total + config.distance_weight * report["distance_matrix"]
             weight: Tensor | float = config.weight
             if config.adaptive and latents.requires_grad:
-                (ours,) = torch.autograd.grad(pixel_loss, latents, retain_graph=True)
-                (theirs,) = torch.autograd.grad(total, latents, retain_graph=True)
+                with torch.autocast(latents.device.type, enabled=False):
+                    (ours,) = torch.autograd.grad(pixel_loss, latents, retain_graph=True)
+                    (theirs,) = torch.autograd.grad(total, latents, retain_graph=True)
                 report["alignment_weight"] = adaptive_weight(_norm(ours), _norm(theirs))
                 weight = weight * report["alignment_weight"]
             total = weight * total

@@ -95,8 +95,7 @@ class Trainer:
         console: For people; silent on all ranks but the first.
         critic_optim: How to update the task's critic, if it has one; as `optim` by default.
         info: What to remember in every checkpoint, as JSON takes it.
-        sample: Called on the first rank with the step, in evaluation mode and with the averaged weights in place;
-            returns numbers for the log.
+        sample: Called on the first rank with the step, the averaged weights in place; returns numbers for the log.
     """
 
     def __init__(
@@ -118,8 +117,7 @@ class Trainer:
                 f"batch_size is {config.batch_size}, expected a multiple of accumulate x processes ({share})"
             )
         self.device = distributed.choose_device(config.device)
-        if self.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # shapes stay the same, so trying out convolutions pays
+        torch.backends.cudnn.benchmark = True  # shapes stay the same, so trying out convolutions pays
         self.task = task.to(self.device)
         self.run, self.config, self.optim, self.seed = run, config, optim, seed
         self.console, self.info, self.sample = console, dict(info or {}), sample
@@ -139,9 +137,8 @@ class Trainer:
             raise InputError("cuda_graph is true, which needs a single process; set it to false under torchrun")
         self._recorder = None
         if config.cuda_graph and self.device.type == "cuda":
-            trained = [self.optimizer, *([self.critic_optimizer] if self.critic_optimizer else [])]
-            parameters = [p for optimizer in trained for p in optimizer.parameters.values()]
-            self._recorder = Recorder(self._differentiate, parameters)
+            critic = self.critic_optimizer.parameters if self.critic_optimizer else {}
+            self._recorder = Recorder(self._differentiate, [*self.optimizer.parameters.values(), *critic.values()])
         self._parallel = self._distributed(task)
         self._parallel_critic = None if task.critic is None else self._distributed(task.critic)
 
@@ -200,11 +197,10 @@ class Trainer:
         manual_seed(self.seed, "model", self.step)
         report: dict[str, Tensor] = {}
         parts = split(batch, self.config.accumulate, self.device)
-        optimizers = {"grad_norm": self.optimizer}
+        optimizers, scheduled = {"grad_norm": self.optimizer}, self.task.scheduled(self.step)
         if self.critic_optimizer is not None and self.task.critic_counts(self.step):
             optimizers["critic_grad_norm"] = self.critic_optimizer
-        try:
-            scheduled = self.task.scheduled(self.step)
+        with self._enough_memory():
             for number, part in enumerate(parts, 1):
                 if self._recorder is not None:
                     losses, terms = self._recorder(self.task.phase(self.step), part, scheduled)
@@ -212,13 +208,10 @@ class Trainer:
                     losses, terms = self._differentiate(part, scheduled, last=number == len(parts))
                 for name, value in {**losses, **terms}.items():
                     report[name] = report.get(name, 0) + value.detach() / len(parts)
-        except torch.OutOfMemoryError as error:
-            message = f"step {self.step + 1}: the GPU is out of memory; raise train.accumulate and resume"
-            raise RunError(message) from error
-        report |= {name: optimizer.clip_gradients() for name, optimizer in optimizers.items()}
-        skip = self._guard([report[name] for name in ("loss", "critic_loss", *optimizers) if name in report])
-        for optimizer in optimizers.values():
-            optimizer.update(self.step, skip)
+            report |= {name: optimizer.clip_gradients() for name, optimizer in optimizers.items()}
+            skip = self._guard([report[name] for name in ("loss", "critic_loss", *optimizers) if name in report])
+            for optimizer in optimizers.values():
+                optimizer.update(self.step, skip)
         self.ema.update(self.step + 1)
         return report
 
@@ -377,6 +370,13 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
+    @contextlib.contextmanager
+    def _enough_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise RunError(f"step {self.step + 1}: out of memory; raise train.accumulate and resume") from error
+
     def _distributed(self, module: nn.Module) -> nn.Module:
         if world_size() == 1:
             return module
@@ -393,7 +393,7 @@ class Trainer:
         """Return the task's figures over the whole batch of all ranks."""
         averages: dict[str, Tensor] = {}
         for part in split(batch, self.config.accumulate, self.device):
-            with self.autocast():
+            with self._enough_memory(), self.autocast():
                 found = self.task.health(part)
             for name, value in found.items():
                 averages[name] = averages.get(name, 0) + value / self.config.accumulate
