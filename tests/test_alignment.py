@@ -4,7 +4,7 @@ import timm
 import torch
 from torch import nn
 
-from softvq.backbones import FrozenBackbone, load_backbone
+from softvq.backbones import FrozenBackbone, compute_dtype, load_backbone
 from softvq.errors import InputError
 from softvq.randomness import generator
 from softvq.tokenizers import alignment
@@ -15,7 +15,6 @@ from softvq.tokenizers.alignment import (
     check_alignment,
     distance_matrix_loss,
     patch_features,
-    teacher_dtype,
 )
 
 MODES = ["repeat", "avg_1d", "avg_1d_shuffle", "global"]
@@ -203,8 +202,8 @@ def test_precision_follows_the_device_where_it_is_automatic():
         "bf16": (torch.bfloat16, torch.bfloat16),
         "fp32": (torch.float32, torch.float32),
     }.items():
-        config = AlignmentConfig(precision=precision)
-        assert (teacher_dtype(config, cpu), teacher_dtype(config, cuda)) == expected
+        chosen = AlignmentConfig(precision=precision).precision
+        assert (compute_dtype(chosen, cpu), compute_dtype(chosen, cuda)) == expected
 
 
 def test_patch_features_are_the_last_map_in_raster_order():

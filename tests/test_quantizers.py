@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from softvq.errors import InputError
 from softvq.randomness import keys_of
-from softvq.tokenizers.codebooks import codebook_statistics, entropy_loss, posterior_averages, unit
+from softvq.tokenizers.codebooks import codebook_statistics, entropy_averages, entropy_of, posterior_averages, unit
 from softvq.tokenizers.quantizers import (
     KL,
     VQ,
@@ -31,6 +31,10 @@ def soft(**fields):
 
 def draw(seed=0, batch=3):
     return torch.randn(batch, TOKENS, DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def entropy_loss(logits):
+    return entropy_of(*entropy_averages(logits))
 
 
 def test_latents_are_the_posterior_mean_of_each_tokens_own_codebook():

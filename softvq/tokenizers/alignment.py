@@ -22,7 +22,6 @@ __all__ = [
     "check_alignment",
     "distance_matrix_loss",
     "patch_features",
-    "teacher_dtype",
 ]
 
 AlignmentMode: TypeAlias = Literal["repeat", "avg_1d", "avg_1d_shuffle", "global"]
@@ -162,12 +161,6 @@ def check_alignment(mode: AlignmentMode, tokens: int, patches: int) -> None:
             f"the teacher has {patches} patches, expected a multiple of the {tokens} latent tokens; "
             "choose another teacher or mode global"
         )
-
-
-def teacher_dtype(config: AlignmentConfig, device: torch.device) -> torch.dtype:
-    """Return what the teacher computes in on a device."""
-    half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if half else torch.float32
 
 
 @torch.no_grad()

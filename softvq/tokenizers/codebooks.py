@@ -22,7 +22,6 @@ __all__ = [
     "check_weight",
     "codebook_statistics",
     "entropy_averages",
-    "entropy_loss",
     "entropy_of",
     "float32",
     "group",
@@ -113,33 +112,13 @@ class CodebookQuantizer(nn.Module):
         return logits.softmax(dim=-1)
 
 
-def entropy_loss(logits: Float[Tensor, "group sample code"]) -> Float[Tensor, ""]:
-    """Return `mean H(q(z|x)) - H(mean q(z|x))`, averaged over groups: sharp for each token, uniform over all of them.
-
-        L_kl = H(q(z|x)) - H(E_x q(z|x))        arXiv:2412.10958, section 3
-
-    It lies in [-log K, 0] and is minus the mutual information of token and codeword, not a divergence from a prior.
-
-    Args:
-        logits: Already divided by the temperature. What shares a marginal shares a group.
-
-    Returns:
-        A scalar in nats. The expectation in it is over the samples of all ranks, so every rank must call this.
-
-    Note:
-        The released code adds 1e-6 inside the marginal's logarithm, and so do we; its other constant shifts all logits
-        alike and has no effect.
-    """
-    return entropy_of(*entropy_averages(logits))
-
-
 def entropy_averages(
     logits: Float[Tensor, "group sample code"], *, pooled: bool = False
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "pool code"]]:
     """Return what `entropy_of` needs: the mean entropy in nats and the mean posterior of each group.
 
     Args:
-        logits: Already divided by the temperature.
+        logits: Already divided by the temperature. What shares a marginal shares a group.
         pooled: Put all groups into one.
 
     Returns:
@@ -152,7 +131,23 @@ def entropy_averages(
 
 
 def entropy_of(token_entropy: Float[Tensor, ""], marginal: Float[Tensor, "pool code"]) -> Float[Tensor, ""]:
-    """Return the entropy regulariser from the averages of this rank; every rank must call it."""
+    """Return `mean H(q(z|x)) - H(mean q(z|x))`, averaged over groups: sharp for each token, uniform over all of them.
+
+        L_kl = H(q(z|x)) - H(E_x q(z|x))        arXiv:2412.10958, section 3
+
+    It lies in [-log K, 0] and is minus the mutual information of token and codeword, not a divergence from a prior.
+
+    Args:
+        token_entropy: As `entropy_averages` gives it for this rank's samples.
+        marginal: The same.
+
+    Returns:
+        A scalar in nats. The expectation in it is over the samples of all ranks, so every rank must call this.
+
+    Note:
+        The released code adds 1e-6 inside the marginal's logarithm, and so do we; its other constant shifts all logits
+        alike and has no effect.
+    """
     marginal = mean_over_ranks(marginal)
     return token_entropy + (marginal * (marginal + 1e-6).log()).sum(dim=-1).mean()
 

@@ -179,5 +179,5 @@ class Adversary(nn.Module):
 
         parts = zip(images.chunk(self.config.micro_batches), keys.chunk(self.config.micro_batches), strict=True)
         if self.config.checkpoint:
-            return torch.cat([checkpoint(run, *part, use_reentrant=False) for part in parts])
+            return torch.cat([checkpoint(run, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
         return torch.cat([run(*part) for part in parts])

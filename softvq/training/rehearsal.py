@@ -20,12 +20,13 @@ from softvq.errors import InputError, RunError
 from softvq.training import distributed
 from softvq.training.adversary import adversarial_weight_at
 from softvq.training.tokenizer_recipe import TokenizerRunConfig, build_task, idle_settings
-from softvq.training.tokenizer_task import perceptual_weight_at
+from softvq.training.tokenizer_task import TokenizerTask, perceptual_weight_at
 from softvq.training.trainer import Trainer
 
 __all__ = ["Phase", "phases", "rehearse"]
 
 UNTIMED_UPDATES, TIMED_UPDATES = 4, 4
+STEPS_LOOKED_AT = 64
 BYTES_PER_WEIGHT = 20  # weight, gradient, two running means of AdamW, average, in float32
 
 
@@ -99,7 +100,7 @@ def rehearse(config: TokenizerRunConfig, console: Console, warn: Callable[[str],
     batch = _noise(config)
     batch = batch.pin_memory() if device.type == "cuda" else batch
     for phase in phases(config):
-        trainer.step = max(range(phase.first_step, phase.first_step + 64), key=lambda step: _tokens(trainer, step))
+        trainer.step = _heaviest_step(task, phase.first_step)
         try:
             seconds, memory = _measure(trainer, batch)
         except RunError as error:
@@ -110,10 +111,10 @@ def rehearse(config: TokenizerRunConfig, console: Console, warn: Callable[[str],
         yield dataclasses.replace(phase, parameters=parameters, seconds=seconds, memory=memory)
 
 
-def _tokens(trainer: Trainer, step: int) -> int:
-    """Return how many tokens a step decodes: where they vary, the most is what has to fit."""
-    tokens = trainer.task.phase(step)
-    return (tokens[2] or 0) if isinstance(tokens, tuple) else 0
+def _heaviest_step(task: TokenizerTask, first: int) -> int:
+    """Return a step of the phase that begins at `first`, one that decodes the most tokens where their number varies."""
+    steps = [step for step in range(first, first + STEPS_LOOKED_AT) if task.phase(step)[:2] == task.phase(first)[:2]]
+    return max(steps, key=lambda step: task.phase(step)[2] or 0)
 
 
 def _measure(trainer: Trainer, batch: Batch) -> tuple[float, int]:

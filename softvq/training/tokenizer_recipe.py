@@ -6,13 +6,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from softvq.backbones import FrozenBackbone, load_backbone
+from softvq.backbones import FrozenBackbone, compute_dtype, load_backbone
 from softvq.config import flat, to_dict
 from softvq.data.folder import DataConfig
 from softvq.errors import InputError
 from softvq.losses.perceptual import load_perceptual
 from softvq.randomness import manual_seed
-from softvq.tokenizers.alignment import AlignmentConfig, check_alignment, teacher_dtype
+from softvq.tokenizers.alignment import AlignmentConfig, check_alignment
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.tokenizers.config import TokenizerConfig
 from softvq.tokenizers.corruption import CorruptionConfig
@@ -137,8 +137,7 @@ def build_task(
     if config.decoder_only:
         tokenizer.freeze_encoder()
     loss, size = config.loss, config.model.image_size
-    low = config.train.precision == "bf16" or (config.train.precision == "auto" and device.type == "cuda")
-    backbone = torch.bfloat16 if low else torch.float32
+    dtype = compute_dtype(config.train.precision, device)
     return TokenizerTask(
         tokenizer,
         loss,
@@ -146,7 +145,7 @@ def build_task(
         corruption=config.corruption,
         perceptual=load_perceptual(loss.perceptual_weights) if loss.perceptual_weight > 0 else None,
         teacher=_named("loss.alignment", _teacher, loss.alignment, config.model, device),
-        adversary=_named("loss.adversarial", Adversary, loss.adversarial, image_size=size, dtype=backbone),
+        adversary=_named("loss.adversarial", Adversary, loss.adversarial, image_size=size, dtype=dtype),
     )
 
 
@@ -164,7 +163,7 @@ def _teacher(config: AlignmentConfig, model: TokenizerConfig, device: torch.devi
         image_size=model.image_size,
         pretrained=config.pretrained,
         weights=config.weights,
-        dtype=teacher_dtype(config, device),
+        dtype=compute_dtype(config.precision, device),
     )
     check_alignment(config.mode, model.num_latent_tokens, teacher.patches)
     if config.distance_weight > 0:

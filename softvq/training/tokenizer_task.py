@@ -185,17 +185,17 @@ class TokenizerTask(Task):
         Returns:
             The loss, its terms by name, and reconstructions, images, keys and weight for the discriminator.
         """
-        scheduled = self.scheduled(step) if scheduled is None else scheduled
+        scheduled, phase = self.scheduled(step) if scheduled is None else scheduled, self.phase(step)
         keys = keys_of(self.seed, "model", batch.positions)
         output: TokenizerOutput = self.tokenizer(
             batch.images,
             fold_in(keys, 0),
             corruption=self.corruption,
-            num_tokens=self._num_tokens(step),
+            num_tokens=phase[2],
             softening=self._softening(scheduled["softening"], batch.images.device),
         )
         report = dict(output.losses)
-        loss = self._pixel_loss(output.images, batch.images, fold_in(keys, 1), self.phase(step), scheduled, report)
+        loss = self._pixel_loss(output.images, batch.images, fold_in(keys, 1), phase, scheduled, report)
         if self.teacher is not None and self.config.alignment is not None:
             loss = loss + self._teacher_loss(output, batch.images, loss, report)
         for term in output.losses.values():
@@ -210,7 +210,7 @@ class TokenizerTask(Task):
 
     def figures(self, averages: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return usage, perplexity and the rest for averages of `health`, taken over parts and ranks."""
-        return codebook_statistics(averages) if averages else {}
+        return codebook_statistics(averages)
 
     def warnings(self, figures: Mapping[str, float]) -> dict[str, str]:
         """Say so when the codebook has collapsed."""

@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from softvq.backbones import compute_dtype
 from softvq.errors import InputError, Interrupted, RunError
 from softvq.randomness import manual_seed
 from softvq.ranks import is_main, mean_over_ranks, world_size
@@ -54,7 +55,7 @@ class TrainConfig:
     """Compile the networks: minutes at the start, a faster step from then on."""
     cuda_graph: bool = False
     """Record what a GPU does in a step and replay it, so that it never waits for the CPU; for one process and
-    `accumulate: 1`. It takes more memory, and nothing at all on the CPU."""
+    `accumulate: 1`. Each phase keeps gradients of its own. On the CPU it does nothing."""
     log_every: int = 50
     """Steps between lines of the log."""
     save_every: int = 1000
@@ -359,9 +360,8 @@ class Trainer:
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context of the forward pass."""
-        on_gpu = self.device.type == "cuda"
-        bf16 = self.config.precision == "bf16" or (self.config.precision == "auto" and on_gpu)
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        low = compute_dtype(self.config.precision, self.device) == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
 
     def warn(self, text: str) -> None:
         """Say something that does not stop the run."""
