@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from softvq.errors import InputError, Interrupted, RunError
+    from softvq.generators.generator import LatentGenerator
+    from softvq.pipeline import GenerationPipeline
     from softvq.tokenizers.autoencoder import ImageTokenizer, TokenizerOutput
     from softvq.tokenizers.config import TokenizerConfig
     from softvq.tokenizers.presets import PRESETS, preset
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "LatentGenerator": "softvq.generators.generator",
+    "GenerationPipeline": "softvq.pipeline",
     "ResidualConfig": "softvq.tokenizers.quantizers",
     "ProductConfig": "softvq.tokenizers.quantizers",
     "GumbelConfig": "softvq.tokenizers.quantizers",
@@ -61,11 +65,13 @@ _HOMES = {
 __all__ = [
     "PRESETS",
     "GMMVQConfig",
+    "GenerationPipeline",
     "GumbelConfig",
     "ImageTokenizer",
     "InputError",
     "Interrupted",
     "KLConfig",
+    "LatentGenerator",
     "NoneConfig",
     "ProductConfig",
     "ResidualConfig",

@@ -21,6 +21,7 @@ EPILOG = """\
 exit codes: 0 done, 2 bad input, 3 failed midway, 75 interrupted and resumable
 MODEL is a folder written by softvq, or a name on the Hugging Face hub such as SoftVQVAE/softvq-l-64
 """
+SAMPLERS = ("euler", "heun", "ab2", "euler_maruyama", "dpm++", "dpm++_sde", "ddpm", "ddim")
 Commands = argparse._SubParsersAction  # argparse gives this type no public name
 
 
@@ -132,7 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"softvq {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
     _add_images(commands)
+    _add_cache(commands)
     _add_train(commands)
+    _add_sample(commands)
     _add_model(commands)
     _add_others(commands)
     return parser
@@ -166,21 +169,83 @@ def _add_images(commands: Commands) -> None:
         command.add_argument("--overwrite", action="store_true", help="write although something is there already")
 
 
+def _add_cache(commands: Commands) -> None:
+    cache = _add(
+        commands, "cache-latents", "cache:cache_latents", "turn photographs into a cache to train generators on"
+    )
+    _model(cache)
+    cache.add_argument("data", metavar="DATA", help="the folder of photographs; its subfolders are the classes")
+    cache.add_argument("out", metavar="OUT", help="the folder of the cache; one that was interrupted is gone on with")
+    cache.add_argument(
+        "--shard-size", type=_positive, default=4096, metavar="N", help="photographs a file (default: 4096)"
+    )
+    cache.add_argument("--no-flip", action="store_false", dest="flip", help="leave out the mirrored photographs")
+    cache.add_argument(
+        "--dtype", choices=("float16", "float32"), default="float16", help="how latents are stored (default: float16)"
+    )
+    cache.add_argument(
+        "--size", type=_positive, metavar="N", help="centre-crop to N x N (default: the model's image size)"
+    )
+    cache.add_argument(
+        "--workers", type=_natural, default=0, metavar="N", help="processes that decode ahead (default: 0)"
+    )
+    _machine(cache)
+
+
 def _add_train(commands: Commands) -> None:
     train = commands.add_parser("train", help="train a model", description="Train a model.")
     kinds = train.add_subparsers(title="models", metavar="KIND", required=True, dest="kind")
     tokenizer = _add(kinds, "tokenizer", "train:train_tokenizer", "train an image tokenizer on a folder of photographs")
-    tokenizer.add_argument("--config", required=True, metavar="FILE", help="the recipe, a YAML file")
-    tokenizer.add_argument("--data", metavar="DIR", help="the folder of photographs (default: data.path of the recipe)")
-    tokenizer.add_argument("--run", metavar="DIR", dest="run_dir", help="where to write (default: runs/NAME of recipe)")
-    tokenizer.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint of --run")
-    tokenizer.add_argument(
+    _run(tokenizer)
+    generator = _add(kinds, "generator", "train:train_generator", "train a generator on a tokenizer's latents")
+    generator.add_argument("--latents", metavar="DIR", help="a cache of latents, made with softvq cache-latents")
+    generator.add_argument("--tokenizer", metavar="MODEL", help="the tokenizer (default: the one the cache names)")
+    _run(generator)
+
+
+def _run(train: argparse.ArgumentParser) -> None:
+    train.add_argument("--config", required=True, metavar="FILE", help="the recipe, a YAML file")
+    train.add_argument("--data", metavar="DIR", help="the folder of photographs (default: data.path of the recipe)")
+    train.add_argument("--run", metavar="DIR", dest="run_dir", help="where to write (default: runs/NAME of recipe)")
+    train.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint of --run")
+    train.add_argument(
         "--dry-run",
         action="store_true",
         help="print the resolved recipe and sizes, try every phase for a few updates on noise, write nothing",
     )
-    tokenizer.add_argument("--device", metavar="NAME", help="auto, cpu or cuda (default: as the recipe says)")
-    tokenizer.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="fields of the recipe, e.g. seed=1")
+    train.add_argument("--device", metavar="NAME", help="auto, cpu or cuda (default: as the recipe says)")
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="fields of the recipe, e.g. seed=1")
+
+
+def _add_sample(commands: Commands) -> None:
+    sample = _add(commands, "sample", "sample:sample", "make images with a generator: PNG files, a grid, an .npz file")
+    sample.add_argument("model", metavar="MODEL", help="a generator's folder, or a name on the Hugging Face hub")
+    sample.add_argument("out", metavar="OUT", help="the folder to write to")
+    sample.add_argument("--classes", metavar="A,B,...", help="names or numbers, taken in turn (default: all)")
+    sample.add_argument("--n", type=_positive, default=16, metavar="N", help="images in all (default: 16)")
+    sample.add_argument("--seed", type=int, default=0, help="the same seed makes the same images (default: 0)")
+    stored = "(default: as stored with the model)"
+    sample.add_argument("--sampler", choices=SAMPLERS, help=f"how noise becomes latents {stored}")
+    sample.add_argument("--steps", type=int, metavar="N", help=f"steps of the sampler {stored}")
+    sample.add_argument("--head-steps", type=int, metavar="N", help=f"steps of MAR's head {stored}")
+    sample.add_argument("--shift", type=float, metavar="X", help=f"shift of a flow's times to the noisy end {stored}")
+    sample.add_argument("--temperature", type=float, metavar="X", help=f"deviation of the noise {stored}")
+    sample.add_argument("--guidance", type=float, metavar="X", help=f"guidance scale, 1 is none {stored}")
+    sample.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=f"where it acts, 0 to 1 {stored}"
+    )
+    sample.add_argument(
+        "--guidance-schedule", choices=("constant", "linear", "cosine"), help=f"how it grows towards the data {stored}"
+    )
+    sample.add_argument("--guide", metavar="MODEL", help="a worse generator to guide away from (autoguidance)")
+    sample.add_argument("--tokenizer", metavar="MODEL", help="the tokenizer, if it is not where the model says")
+    sample.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images at once (default: 64)")
+    sample.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    sample.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 on a GPU (default: auto)"
+    )
+    sample.add_argument("--compile", action="store_true", help="compile the networks: a slow start, then faster")
+    sample.add_argument("--overwrite", action="store_true", help="write although something is there already")
 
 
 def _add_model(commands: Commands) -> None:
@@ -194,6 +259,17 @@ def _add_model(commands: Commands) -> None:
     stats.add_argument("--out", metavar="DIR", help="save the model here (default: the folder MODEL itself)")
     stats.add_argument("--overwrite", action="store_true", help="write although something is at --out already")
     _machine(stats)
+    average = _add(commands, "average", "average:average", "save a run's model with a longer or shorter average")
+    average.add_argument("run_dir", metavar="RUN", help="the folder of a run that kept averages, by train.ema_lengths")
+    average.add_argument(
+        "--length",
+        type=float,
+        required=True,
+        metavar="L",
+        help="relative length of the average: its profile's deviation as a fraction of the run, 0.001 to 0.288",
+    )
+    average.add_argument("--out", required=True, metavar="DIR", help="save the model here")
+    average.add_argument("--overwrite", action="store_true", help="write although something is at --out already")
 
 
 def _add_others(commands: Commands) -> None:
@@ -238,6 +314,10 @@ def _machine(command: argparse.ArgumentParser) -> None:
         "--precision", choices=("float32", "bf16"), default="float32", help="of the networks (default: float32)"
     )
     command.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="images at once (default: 16)")
+
+
+def _natural(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _positive(text: str) -> int:

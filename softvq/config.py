@@ -21,7 +21,7 @@ import yaml
 
 from softvq.errors import InputError
 
-__all__ = ["apply_overrides", "flat", "from_dict", "read_json", "read_yaml", "to_dict", "to_yaml"]
+__all__ = ["apply_overrides", "flat", "from_dict", "merged", "read_json", "read_yaml", "to_dict", "to_yaml"]
 
 T = TypeVar("T")
 MAX_CONFIG_BYTES = 1 << 20
@@ -141,6 +141,29 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
             node[last] = yaml.load(text, Loader=_PlainLoader)
         except (yaml.YAMLError, ValueError) as error:
             raise InputError(f"override {override!r}: {text!r} is not a YAML value") from error
+    return result
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested groups with some fields changed; a group of another `kind` replaces the whole group.
+
+    >>> merged({"optim": {"lr": 1, "steps": 2}}, {"optim": {"lr": 3}})
+    {'optim': {'lr': 3, 'steps': 2}}
+
+    Args:
+        base: Plain data.
+        changes: What is different.
+
+    Returns:
+        New plain data.
+    """
+    result = dict(base)
+    for name, value in changes.items():
+        group = result.get(name)
+        if isinstance(value, dict) and isinstance(group, dict):
+            same_kind = value.get("kind", group.get("kind")) == group.get("kind")
+            value = merged(group, value) if same_kind else value
+        result[name] = value
     return result
 
 

@@ -9,11 +9,9 @@ from torch import nn
 
 from softvq.errors import InputError, RunError
 from softvq.training.optim import (
-    Ema,
     OptimConfig,
     Optimizer,
     copy_named,
-    ema_decay_at,
     learning_rate,
     parameter_groups,
 )
@@ -163,50 +161,6 @@ def test_state_is_kept_by_name_and_taken_over_exactly() -> None:
     optimizer.update(1, NO_SKIP)
     other.update(1, NO_SKIP)
     assert all(torch.equal(one, twin) for one, twin in zip(network.parameters(), fresh.parameters(), strict=True))
-
-
-def test_ema_decay_is_ramped_up() -> None:
-    assert ema_decay_at(0.999, 0) == 0.1
-    assert ema_decay_at(0.999, 8) == 0.5
-    assert ema_decay_at(0.999, 1_000_000) == 0.999
-
-
-def test_ema_is_the_weighted_mean_and_leaves_frozen_weights_out() -> None:
-    network = Network()
-    ema = Ema(network, 0.3)
-    assert not any(name.startswith("teacher") for name in ema.averages)
-    expected = network.linear.weight.detach().double()
-    for step in range(1, 5):
-        with torch.no_grad():
-            network.linear.weight.copy_(torch.randn(4, 4, generator=torch.Generator().manual_seed(step)))
-        decay = min(0.3, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * network.linear.weight.detach().double()
-        ema.update(step)
-    torch.testing.assert_close(ema.averages["linear.weight"], expected.float())
-
-
-def test_ema_with_decay_zero_is_a_copy() -> None:
-    network = Network()
-    ema = Ema(network, 0.0)
-    with torch.no_grad():
-        network.codebook.normal_()
-    ema.update(1)
-    torch.testing.assert_close(ema.averages["codebook"], network.codebook.detach())
-
-
-def test_lent_averages_are_taken_back_bit_for_bit_even_after_an_error() -> None:
-    network = Network()
-    ema = Ema(network, 0.9)
-    with torch.no_grad():
-        network.codebook.add_(1.0)
-    own = network.codebook.detach().clone()
-    with ema.in_place():
-        assert torch.equal(network.codebook, ema.averages["codebook"])
-        assert not torch.equal(network.codebook, own)
-    assert torch.equal(network.codebook, own)
-    with pytest.raises(KeyError), ema.in_place():
-        raise KeyError
-    assert torch.equal(network.codebook, own)
 
 
 def test_tensors_of_another_model_are_refused_before_any_is_copied() -> None:

@@ -235,6 +235,18 @@ def test_documented_commands_exist() -> None:
             assert main([command, "--help"]) == 0, f"{name_of(path)}: softvq {command}"
 
 
+def test_documented_launches_reach_softvq() -> None:
+    from torch.distributed.run import parse_args
+
+    texts = [path.read_text(encoding="utf-8") for path in (*documents(), *(ROOT / "configs").rglob("*.yaml"))]
+    launches = {line for text in texts for line in re.findall(r"^(?:# +)?torchrun (.+)$", text, re.MULTILINE)}
+    assert launches
+    for launch in launches:  # torchrun takes `--run` for one of its own, unless `--` ends those
+        choices = parse_args(launch.split())
+        assert choices.module
+        assert [choices.training_script, choices.training_script_args[0]] == ["softvq", "train"]
+
+
 def recipes() -> list[object]:
     found = [pytest.param(path.read_text(), id=name_of(path)) for path in sorted((ROOT / "configs").rglob("*.yaml"))]
     for path in documents():
@@ -246,11 +258,17 @@ def recipes() -> list[object]:
 @pytest.mark.parametrize("text", recipes())
 def test_recipes_are_complete(text: str, tmp_path: Path) -> None:
     from softvq.config import from_dict, read_yaml, to_dict, to_yaml
+    from softvq.training.generator_recipe import GeneratorRunConfig, expand_generator
     from softvq.training.tokenizer_recipe import TokenizerRunConfig, expand_preset
 
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    config = from_dict(TokenizerRunConfig, expand_preset(read_yaml(path)), "recipe")
+    data = read_yaml(path)
+    if str(data["model"].get("preset", "")).startswith(("sit-", "dit-", "mar-")):
+        kind, data = GeneratorRunConfig, expand_generator(data, {"num_tokens": 64, "latent_dim": 32, "num_classes": 5})
+    else:
+        kind, data = TokenizerRunConfig, expand_preset(data)
+    config = from_dict(kind, data, "recipe")
     path.write_text(to_yaml(config))
-    assert from_dict(TokenizerRunConfig, read_yaml(path)) == config
+    assert from_dict(kind, read_yaml(path)) == config
     assert to_dict(config)["data"]["path"] is None  # a recipe names no folder of ours

@@ -13,7 +13,7 @@ from softvq.errors import InputError, Interrupted, RunError
 from softvq.files import read_tensors, sha256
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.tokenizers.presets import preset
-from softvq.training import tokenizer_run
+from softvq.training import run_folder, tokenizer_run
 from softvq.training.checkpoint import latest, run_lock
 from softvq.training.tokenizer_recipe import TokenizerRunConfig, expand_preset, idle_settings
 from softvq.training.tokenizer_run import train_tokenizer
@@ -183,8 +183,8 @@ def test_a_checkpoint_of_other_software_is_used_with_a_warning(
     tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_tokenizer(config(photographs), tmp_path / "run")
-    versions = tokenizer_run._versions()
-    monkeypatch.setattr(tokenizer_run, "_versions", lambda: {**versions, "torch": "99.0"})
+    versions = run_folder._versions()
+    monkeypatch.setattr(run_folder, "_versions", lambda: {**versions, "torch": "99.0"})
     with (tmp_path / "out").open("w+") as file:
         train_tokenizer(config(photographs), tmp_path / "run", resume=True, console=Console(file=file))
         file.seek(0)

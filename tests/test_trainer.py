@@ -254,7 +254,7 @@ def test_samples_see_averaged_weights_in_evaluation_mode(tmp_path: Path) -> None
     seen: list[tuple[int, bool]] = []
 
     def sample(step: int) -> dict[str, float]:
-        averages = ours.ema.state()
+        averages = ours.averages.main.state()
         assert states_equal(dict(ours.task.model.named_parameters()), averages)
         assert not torch.is_grad_enabled()
         seen.append((step, ours.task.training))

@@ -8,12 +8,14 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from softvq.backbones import FrozenBackbone
+from softvq.generators.heads import HeadBlock
+from softvq.generators.transformer import ModulatedBlock
 from softvq.losses.discriminators import TokenHead
 from softvq.training.adversary import Adversary
 
 __all__ = ["compile_regions"]
 
-REGIONS = (Block, EvaBlock, TokenHead)
+REGIONS = (Block, EvaBlock, HeadBlock, ModulatedBlock, TokenHead)
 VARIANTS = 64
 """Ways in which one region may be called: widths, batches, with and without gradients, weights that are constants."""
 

@@ -1,9 +1,8 @@
-"""What moves weights: parameter groups, the learning rate as a function of the step, AdamW, and the average."""
+"""What moves weights: parameter groups, the learning rate as a function of the step, AdamW and Muon."""
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from softvq.errors import InputError, RunError
 
-__all__ = ["Ema", "OptimConfig", "Optimizer", "copy_named", "ema_decay_at", "learning_rate", "parameter_groups"]
+__all__ = ["OptimConfig", "Optimizer", "copy_named", "learning_rate", "parameter_groups"]
 
 DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -186,51 +185,6 @@ class _SkippableAdamW(torch.optim.AdamW):
     """The fused kernel leaves everything as it is when `found_inf` is one, on any device and without a host sync."""
 
     found_inf: Tensor
-
-
-def ema_decay_at(decay: float, step: int) -> float:
-    """Return the decay after `step` updates: min(decay, (1 + step) / (10 + step)), so that early noise is forgotten."""
-    return min(decay, (1 + step) / (10 + step))
-
-
-class Ema:
-    """An exponential moving average of a module's trainable parameters, in float32.
-
-    Frozen parameters do not change and buffers are not averaged, so both are those of the module itself.
-
-    Args:
-        module: What is being trained.
-        decay: Share of the old average kept at each update, 0 to 1; ramped up by `ema_decay_at`.
-    """
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.parameters: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.averages = {name: p.detach().float().clone() for name, p in self.parameters.items()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move the average towards the weights, after `step` finished updates."""
-        weight = 1 - ema_decay_at(self.decay, step)
-        torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), weight)
-
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Lend the averages to the module; its own weights are back afterwards, bit for bit."""
-        own = {name: p.detach().clone() for name, p in self.parameters.items()}
-        copy_named(self.parameters, self.averages, "average")
-        try:
-            yield
-        finally:
-            copy_named(self.parameters, own, "module")
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the averages by parameter name."""
-        return dict(self.averages)
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state` returned."""
-        copy_named(self.averages, tensors, "average")
 
 
 @torch.no_grad()

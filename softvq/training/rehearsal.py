@@ -16,14 +16,19 @@ import torch
 from rich.console import Console
 
 from softvq.data.folder import Batch
+from softvq.data.latent_set import LatentBatch
 from softvq.errors import InputError, RunError
+from softvq.randomness import normal
 from softvq.training import distributed
 from softvq.training.adversary import adversarial_weight_at
+from softvq.training.generator_recipe import GeneratorRunConfig
+from softvq.training.generator_run import build_generator
+from softvq.training.generator_task import GeneratorTask
 from softvq.training.tokenizer_recipe import TokenizerRunConfig, build_task, idle_settings
 from softvq.training.tokenizer_task import TokenizerTask, perceptual_weight_at
 from softvq.training.trainer import Trainer
 
-__all__ = ["Phase", "phases", "rehearse"]
+__all__ = ["Phase", "phases", "rehearse", "rehearse_generator"]
 
 UNTIMED_UPDATES, TIMED_UPDATES = 4, 4
 STEPS_LOOKED_AT = 64
@@ -111,13 +116,42 @@ def rehearse(config: TokenizerRunConfig, console: Console, warn: Callable[[str],
         yield dataclasses.replace(phase, parameters=parameters, seconds=seconds, memory=memory)
 
 
+def rehearse_generator(config: GeneratorRunConfig, console: Console) -> Phase:
+    """Train a generator for a few updates on latents of noise, and measure one.
+
+    Args:
+        config: The recipe, with a cache or without: encoding photographs on the fly is not measured.
+        console: For what training would say.
+
+    Returns:
+        Its only phase.
+
+    Raises:
+        RunError: If it does not fit into memory, or is not finite.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("a dry run is of one process; run it without torchrun, with train.batch_size of one process")
+    device = distributed.choose_device(config.train.device)
+    task = GeneratorTask(build_generator(config), seed=config.seed)
+    parameters = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+    _check_memory(parameters, device)
+    trainer = Trainer(task, Path(), config.train, config.optim, seed=config.seed, console=console)
+    trainer.task.train()
+    count, model = config.train.batch_size, config.model
+    positions = torch.arange(count, device=device)
+    latents = normal(positions, model.num_tokens, model.latent_dim)
+    batch = LatentBatch(latents=latents, labels=positions % model.num_classes, positions=positions)
+    seconds, memory = _measure(trainer, batch)
+    return Phase(name=model.process.kind, first_step=0, parameters=parameters, seconds=seconds, memory=memory)
+
+
 def _heaviest_step(task: TokenizerTask, first: int) -> int:
     """Return a step of the phase that begins at `first`, one that decodes the most tokens where their number varies."""
     steps = [step for step in range(first, first + STEPS_LOOKED_AT) if task.phase(step)[:2] == task.phase(first)[:2]]
     return max(steps, key=lambda step: task.phase(step)[2] or 0)
 
 
-def _measure(trainer: Trainer, batch: Batch) -> tuple[float, int]:
+def _measure(trainer: Trainer, batch: Batch | LatentBatch) -> tuple[float, int]:
     on_gpu = trainer.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(trainer.device)

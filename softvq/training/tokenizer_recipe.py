@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 
 from softvq.backbones import FrozenBackbone, compute_dtype, load_backbone
-from softvq.config import flat, to_dict
+from softvq.config import flat, merged, to_dict
 from softvq.data.folder import DataConfig
 from softvq.errors import InputError
 from softvq.losses.perceptual import load_perceptual
@@ -93,7 +93,7 @@ def expand_preset(data: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: value for name, value in model.items() if name != "preset"}
     if not isinstance(model["preset"], str):
         raise InputError(f"model.preset is {model['preset']!r}, expected a name such as 'softvq-s-64'")
-    return {**data, "model": _merged(to_dict(preset(model["preset"])), fields)}
+    return {**data, "model": merged(to_dict(preset(model["preset"])), fields)}
 
 
 def idle_settings(config: TokenizerRunConfig) -> list[str]:
@@ -183,18 +183,3 @@ def _start_from(tokenizer: ImageTokenizer, name: str, free: tuple[str, ...]) -> 
     if changed:
         raise InputError(f"start_from is {name!r}, a tokenizer of another architecture ({'; '.join(changed[:3])})")
     copy_named(tokenizer.state_dict(), source.state_dict(), "tokenizer")
-
-
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for name, value in changes.items():
-        group = merged.get(name)
-        other_kind = (
-            isinstance(value, dict)
-            and isinstance(group, dict)
-            and value.get("kind", group.get("kind")) != group.get("kind")
-        )
-        if isinstance(value, dict) and isinstance(group, dict) and not other_kind:
-            value = _merged(group, value)
-        merged[name] = value
-    return merged

@@ -1,40 +1,28 @@
 """Training a tokenizer from a config and a folder of photographs: everything from files to files.
 
-A run folder holds
-
-    config.yaml            the config, complete, with which the run can be repeated
-    run.json               hash of the config, fingerprint of the data set, versions
-    log.jsonl              one line a log step
-    status.json            running, finished, interrupted or failed
-    checkpoints/, samples/
-    tokenizer/             at the end: what `ImageTokenizer.from_pretrained` loads
+Beside what `run_folder` describes, the folder of such a run has at the end `tokenizer/`, which
+`ImageTokenizer.from_pretrained` loads.
 """
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
-import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
 
-import softvq
-from softvq.config import flat, from_dict, read_json, read_yaml, to_dict, to_yaml
 from softvq.data.folder import Batch, PhotoFolder, batches
 from softvq.data.images import center_crop, find_images, read_image, to_image, to_tensor
 from softvq.errors import InputError
-from softvq.files import replacing, write_json, write_text
+from softvq.files import replacing
 from softvq.ranks import is_main, rank, world_size
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.training import checkpoint as checkpoints
-from softvq.training import distributed
+from softvq.training import distributed, run_folder
 from softvq.training.tokenizer_recipe import TokenizerRunConfig, build_task, idle_settings
 from softvq.training.tokenizer_task import TokenizerTask
 from softvq.training.tracking import run_status
@@ -44,12 +32,8 @@ __all__ = ["train_tokenizer"]
 
 NUM_STATISTICS_IMAGES = 512
 NUM_SAMPLES = 8
-FREE_FIELDS = {
-    "held_out",
-    *(f"data.{name}" for name in ("path", "num_workers", "cache_megabytes", "max_bad_fraction")),
-    *(f"train.{name}" for name in ("device", "log_every", "save_every", "sample_every", "keep", "tensorboard")),
-}
-"""What a resumed run may change, because it alters nothing that is computed; photographs count by name and size."""
+FREE_FIELDS = {"held_out", *(f"data.{name}" for name in ("path", "num_workers", "cache_megabytes", "max_bad_fraction"))}
+"""What a resumed run may change beside `run_folder.FREE_FIELDS`; photographs count by name and size."""
 
 
 def train_tokenizer(
@@ -74,38 +58,26 @@ def train_tokenizer(
     run = Path(run)
     if config.data.path is None:
         raise InputError("data.path is not set, expected a folder of photographs")
-    if resume and not run.is_dir():
-        raise InputError(f"{run}: no such run to resume; leave --resume out to start it")
-    distributed.join(distributed.choose_device(config.train.device))
-    try:
-        if not is_main():
-            return _train(config, run, resume, Console(quiet=True))
-        with checkpoints.run_lock(run):
-            return _train(config, run, resume, console or Console(quiet=True))
-    finally:
-        distributed.leave()
+    train = functools.partial(_train, config, run, resume)
+    return run_folder.carry_out(train, run, config.train.device, resume=resume, console=console)
 
 
 def _train(config: TokenizerRunConfig, run: Path, resume: bool, console: Console) -> Path:
     assert config.data.path is not None
     folder = PhotoFolder(config.data.path, config.model.image_size, config.data, config.seed)
     main = is_main()
+    data = {"images": len(folder), "fingerprint": folder.fingerprint}
     if main:
-        _claim(run, config, folder, resume)
-        checkpoints.recover(run, lambda text: _say(console, f"warning: {text}"))
+        run_folder.claim(run, config, data, str(folder.root), free=FREE_FIELDS, resume=resume)
+        checkpoints.recover(run, lambda text: run_folder.say(console, f"warning: {text}"))
     distributed.wait_for_all()
     saved = checkpoints.latest(run)
     trainer = _build(config, run, console, fresh=saved is None)
     if main:
-        _register(run, config, folder)
+        run_folder.register(run, config, data)
         for sentence in idle_settings(config):
             trainer.warn(sentence)
-    if saved:
-        _compare_versions(trainer.restore(saved), trainer)
-        done = saved.step >= config.train.steps
-        _say(console, f"{run}: {'is finished' if done else 'goes on'}, at step {saved.step}")
-    elif resume:
-        _say(console, f"{run}: has no checkpoint yet, starts at step 0")
+    run_folder.restore(trainer, saved, resume=resume)
 
     def stream(start: int, count: int) -> Iterator[Batch]:
         size, workers = config.train.batch_size, config.data.num_workers
@@ -119,49 +91,9 @@ def _train(config: TokenizerRunConfig, run: Path, resume: bool, console: Console
     return run / "tokenizer"
 
 
-def _claim(run: Path, config: TokenizerRunConfig, folder: PhotoFolder, resume: bool) -> None:
-    """Make the folder this run's, or see that it is."""
-    if not resume and any(path.name != ".lock" for path in run.iterdir()):
-        raise InputError(f"{run}: is not empty; add --resume to go on with the run in it, or choose another folder")
-    others = [path.name for path in run.iterdir() if path.name != ".lock"]
-    if others and not (run / "config.yaml").exists() and not (run / "checkpoints").exists():
-        raise InputError(f"{run}: is no run to resume, it holds {min(others)}; choose another folder")
-    if (run / "config.yaml").exists() or (run / "checkpoints").exists():
-        _check_config(run, config)
-    data = {"images": len(folder), "fingerprint": folder.fingerprint}
-    if (run / "run.json").exists():
-        before = read_json(run / "run.json").get("data", {})
-        if before != data:
-            numbers = f"it had {before.get('images')} images, now {len(folder)}"
-            raise InputError(f"{folder.root}: is not the data set {run} was started with ({numbers}); restore it")
-
-
-def _register(run: Path, config: TokenizerRunConfig, folder: PhotoFolder) -> None:
-    """Write down what the run is; not before everything is built, so that a mistake in a recipe leaves nothing."""
-    write_text(run / "config.yaml", to_yaml(config))
-    data = {"images": len(folder), "fingerprint": folder.fingerprint}
-    write_json(run / "run.json", {"config_sha256": _hash(config), "data": data, "versions": _versions()})
-
-
-def _check_config(run: Path, config: TokenizerRunConfig) -> None:
-    path = run / "config.yaml"
-    before = flat(to_dict(from_dict(TokenizerRunConfig, read_yaml(path), str(path))))
-    now = flat(to_dict(config))
-    free = FREE_FIELDS | ({"train.steps"} if config.optim.schedule == "constant" else set())
-    changed = [
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-        for name in dict.fromkeys([*before, *now])
-        if before.get(name) != now.get(name) and name not in free
-    ]
-    if changed:
-        raise InputError(
-            f"{path}: the run was started with another config ({'; '.join(changed)}); undo that or start anew"
-        )
-
-
 def _build(config: TokenizerRunConfig, run: Path, console: Console, fresh: bool) -> Trainer:
     device = distributed.choose_device(config.train.device)
-    task = build_task(config, device, fresh=fresh, say=functools.partial(_say, console))
+    task = build_task(config, device, fresh=fresh, say=functools.partial(run_folder.say, console))
     sampled = is_main() and config.train.sample_every > 0
     return Trainer(
         task,
@@ -171,7 +103,7 @@ def _build(config: TokenizerRunConfig, run: Path, console: Console, fresh: bool)
         seed=config.seed,
         console=console,
         critic_optim=config.loss.adversarial.optim if config.loss.adversarial is not None else None,
-        info={"config_sha256": _hash(config), "versions": _versions()},
+        info=run_folder.info(config),
         sample=_sampler(task.tokenizer, _first_images(config), run / "samples") if sampled else None,
     )
 
@@ -221,24 +153,3 @@ def _export(trainer: Trainer, config: TokenizerRunConfig, folder: Path) -> None:
         if not config.decoder_only:  # otherwise the latents, and files of them, stay valid
             tokenizer.fit_statistics(batch.images for batch in stream)
         tokenizer.save_pretrained(folder)
-
-
-def _compare_versions(info: Mapping[str, Any], trainer: Trainer) -> None:
-    before, now = info.get("versions", {}), _versions()
-    changed = [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]
-    if changed:
-        trainer.warn(f"the checkpoint was made with {'; '.join(changed)}: results may differ in the last bits")
-
-
-def _versions() -> dict[str, str]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    versions = {"softvq": softvq.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    return {**versions, "device": device, "threads": str(torch.get_num_threads())}
-
-
-def _hash(config: TokenizerRunConfig) -> str:
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -24,8 +24,9 @@ from softvq.randomness import manual_seed
 from softvq.ranks import is_main, mean_over_ranks, world_size
 from softvq.training import checkpoint as checkpoints
 from softvq.training import distributed
+from softvq.training.averages import Averages, check_averages
 from softvq.training.checkpoint import Checkpoint
-from softvq.training.optim import Ema, OptimConfig, Optimizer, copy_named, learning_rate
+from softvq.training.optim import OptimConfig, Optimizer, copy_named, learning_rate
 from softvq.training.recording import Recorder
 from softvq.training.task import Task, split
 from softvq.training.tracking import Display, Pace, RunLog, TensorBoard
@@ -49,6 +50,10 @@ class TrainConfig:
     """Of the forward pass: bf16 autocast or float32; auto is bf16 on CUDA. Weights and their state stay float32."""
     ema_decay: float = 0.9999
     """Decay of the average of the weights, which is what is saved for use."""
+    more_ema_decays: tuple[float, ...] = ()
+    """Decays of further averages, which are kept beside the main one."""
+    ema_lengths: tuple[float, ...] = ()
+    """Relative lengths of power-function averages, e.g. 0.05 and 0.1; every checkpoint leaves them in `averages/`."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:N`, or `auto`: CUDA where there is one."""
     compile: bool = False
@@ -80,8 +85,7 @@ class TrainConfig:
             raise InputError(f"accumulate is {self.accumulate}, expected a divisor of batch_size ({self.batch_size})")
         if self.cuda_graph and self.accumulate > 1:
             raise InputError(f"cuda_graph is true, which needs accumulate 1; it is {self.accumulate}")
-        if not 0 <= self.ema_decay < 1:
-            raise InputError(f"ema_decay is {self.ema_decay}, expected at least 0 and below 1")
+        check_averages(self.ema_decay, self.more_ema_decays, self.ema_lengths)
 
 
 class Trainer:
@@ -114,9 +118,8 @@ class Trainer:
     ) -> None:
         share = config.accumulate * world_size()
         if config.batch_size % share:
-            raise InputError(
-                f"batch_size is {config.batch_size}, expected a multiple of accumulate x processes ({share})"
-            )
+            size = config.batch_size
+            raise InputError(f"batch_size is {size}, expected a multiple of accumulate x processes ({share})")
         self.device = distributed.choose_device(config.device)
         torch.backends.cudnn.benchmark = True  # shapes stay the same, so trying out convolutions pays
         self.task = task.to(self.device)
@@ -125,7 +128,7 @@ class Trainer:
         self.step = 0
         self.saved: Checkpoint | None = None
         self.optimizer = Optimizer(task.model, optim, config.steps)
-        self.ema = Ema(task.model, config.ema_decay)
+        self.averages = Averages(task.model, config.ema_decay, config.more_ema_decays, config.ema_lengths)
         self.critic_optimizer = None
         if task.critic is not None:
             task.critic.to(self.device)
@@ -213,7 +216,7 @@ class Trainer:
             skip = self._guard([report[name] for name in ("loss", "critic_loss", *optimizers) if name in report])
             for optimizer in optimizers.values():
                 optimizer.update(self.step, skip)
-        self.ema.update(self.step + 1)
+        self.averages.update(self.step + 1)
         return report
 
     def _differentiate(
@@ -252,12 +255,10 @@ class Trainer:
         failed = int(self._failed_at)
         if failed >= 0:
             first = failed * self.config.batch_size
-            last_good = (
-                f"the last good checkpoint is {self.saved.folder}" if self.saved else "there is no checkpoint yet"
-            )
+            last = f"the last good checkpoint is {self.saved.folder}" if self.saved else "there is no checkpoint yet"
             raise RunError(
                 f"step {failed + 1}: the loss or its gradient is not finite, on samples {first} to "
-                f"{first + self.config.batch_size - 1}; no weight was changed by it and {last_good}; lower optim.lr"
+                f"{first + self.config.batch_size - 1}; no weight was changed by it and {last}; lower optim.lr"
             )
 
     def _log(
@@ -308,6 +309,8 @@ class Trainer:
         if log:
             log.sync()
         try:
+            if self._due(self.config.save_every):  # so that a run that was stopped keeps those of one that was not
+                self.averages.save_snapshot(self.run, self.step)
             self.saved = checkpoints.save(self.run, self.step, self.state(), self.info, self.config.keep)
         except RunError as error:
             if self.step == self.config.steps:
@@ -316,7 +319,7 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """Return every tensor a run is made of, by name."""
-        parts = {"model": self.task.model.state_dict(), "optimizer": self.optimizer.state(), "ema": self.ema.state()}
+        parts = {"model": self.task.model.state_dict(), "optimizer": self.optimizer.state(), **self.averages.state()}
         if self.task.critic is not None and self.critic_optimizer is not None:
             parts |= {"critic": self.task.critic.state_dict(), "critic_optimizer": self.critic_optimizer.state()}
         return {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
@@ -335,12 +338,11 @@ class Trainer:
         """
         tensors, info = checkpoints.load(saved)
         parts: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
-        for name, value in tensors.items():
-            part, _, name = name.partition(".")
+        for (part, _, name), value in ((name.partition("."), value) for name, value in tensors.items()):
             parts[part][name] = value
         copy_named(self.task.model.state_dict(), parts["model"], "model")
         self.optimizer.load_state(parts["optimizer"])
-        self.ema.load_state(parts["ema"])
+        self.averages.load_state(parts)
         critic = {} if self.task.critic is None else self.task.critic.state_dict()
         copy_named(critic, parts["critic"], "critic")
         if self.critic_optimizer is not None and parts["critic_optimizer"]:  # without, it has not begun
@@ -349,14 +351,12 @@ class Trainer:
         return info
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Lend the averaged weights to the model, in evaluation mode and without gradients."""
-        with self.ema.in_place(), torch.no_grad():
+    def averaged(self, name: str | None = None) -> Iterator[None]:
+        """Lend the main average or the one of a name to the model, in evaluation mode and without gradients."""
+        with self.averages.named(name).in_place(), torch.no_grad(), contextlib.ExitStack() as stack:
+            stack.callback(self.task.train)
             self.task.eval()
-            try:
-                yield
-            finally:
-                self.task.train()
+            yield
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context of the forward pass."""

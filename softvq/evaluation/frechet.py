@@ -1,0 +1,96 @@
+"""The Fréchet distance between two clouds of features, each taken for a Gaussian."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softvq.errors import InputError
+
+__all__ = ["frechet_distance", "moments"]
+
+ROWS_AT_ONCE = 4096
+ROUNDING = 1e-6
+"""Negative eigenvalues up to this fraction of the largest one are taken for rounding."""
+
+
+def moments(
+    features: Float[Tensor, "sample dim"],
+) -> tuple[Float[Tensor, " dim"], Float[Tensor, "dim dim"]]:
+    """Return the mean and the unbiased covariance of features, in float64.
+
+    Args:
+        features: At least two samples; fewer samples than dimensions make a covariance without full rank, and distances
+            that are too large.
+
+    Returns:
+        The mean, and the covariance with the divisor n - 1.
+
+    Raises:
+        InputError: If there are too few samples, or a feature is not finite.
+    """
+    count, dim = features.shape
+    if count < 2:
+        raise InputError(f"features has {count} samples, expected at least 2 for a covariance")
+    if not bool(features.isfinite().all()):
+        raise InputError("features holds values that are not finite; look at the pictures or the network they are from")
+    parts = features.detach().split(ROWS_AT_ONCE)  # so that only some rows at once are there in float64
+    total = torch.zeros(dim, dtype=torch.float64, device=features.device)
+    for part in parts:
+        total += part.double().sum(0)
+    mean = total / count
+    covariance = torch.zeros(dim, dim, dtype=torch.float64, device=features.device)
+    for part in parts:
+        centred = part.double() - mean
+        covariance += centred.T @ centred
+    return mean, covariance / (count - 1)
+
+
+def frechet_distance(
+    mean_a: Float[Tensor, " dim"],
+    cov_a: Float[Tensor, "dim dim"],
+    mean_b: Float[Tensor, " dim"],
+    cov_b: Float[Tensor, "dim dim"],
+) -> float:
+    """Return the squared Fréchet distance of two Gaussians (arXiv:1706.08500, equation 6).
+
+        |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2))
+
+    A B has the eigenvalues of the symmetric A^(1/2) B A^(1/2), so that no root of a matrix without symmetry is needed;
+    of those eigenvalues rounding can make small ones negative, which count as zero.
+
+    Args:
+        mean_a: Of one cloud.
+        cov_a: Its covariance A, symmetric and without negative eigenvalues.
+        mean_b: Of the other.
+        cov_b: Its covariance B.
+
+    Returns:
+        At least 0, which means equal moments.
+
+    Raises:
+        InputError: If a value is not finite, or a matrix is no covariance.
+    """
+    cov_a, cov_b = _checked(mean_a, cov_a, "a"), _checked(mean_b, cov_b, "b")
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * _clipped(values, "cov_a").sqrt()) @ vectors.T
+    product = root @ cov_b @ root
+    roots = _clipped(torch.linalg.eigvalsh((product + product.T) / 2), "cov_b").sqrt()
+    shift = (mean_a.double() - mean_b.double()).square().sum()
+    return max(0.0, float(shift + cov_a.trace() + cov_b.trace() - 2 * roots.sum()))
+
+
+def _checked(mean: Tensor, covariance: Tensor, name: str) -> Tensor:
+    """Return a covariance in float64, made symmetric where rounding left it otherwise."""
+    covariance = covariance.detach().double()
+    if not bool(mean.isfinite().all() & covariance.isfinite().all()):
+        raise InputError(f"mean_{name} or cov_{name} holds values that are not finite; make them of finite features")
+    difference = (covariance - covariance.T).abs().max()
+    if bool(difference > ROUNDING * covariance.abs().max()):
+        raise InputError(f"cov_{name} is not symmetric, expected a covariance as `moments` returns it")
+    return (covariance + covariance.T) / 2
+
+
+def _clipped(values: Tensor, name: str) -> Tensor:
+    if bool(values.min() < -ROUNDING * values.abs().max()):
+        raise InputError(f"{name} has negative eigenvalues, expected a covariance as `moments` returns it")
+    return values.clamp(min=0)

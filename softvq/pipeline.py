@@ -1,0 +1,280 @@
+"""From labels to images: a generator makes latents, its tokenizer paints them."""
+
+import contextlib
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+
+from softvq.backbones import compute_dtype
+from softvq.errors import InputError, RunError
+from softvq.generators.generator import LatentGenerator
+from softvq.generators.recipe import SamplingRecipe
+from softvq.randomness import keys_of
+from softvq.tokenizers.autoencoder import ImageTokenizer
+
+__all__ = ["GenerationPipeline", "class_numbers", "keys_of_images", "load_its_tokenizer"]
+
+
+class GenerationPipeline:
+    """A generator with the tokenizer it was trained on.
+
+        pipeline = GenerationPipeline.from_pretrained("runs/sit/generator").to("cuda")
+        images = pipeline(["rose", "tulip"], seed=0)
+
+    Args:
+        generator: Makes latents.
+        tokenizer: Paints them.
+        guide: A worse generator of the same latents, for autoguidance; None guides by the null class.
+
+    Raises:
+        InputError: If the tokenizer is not the generator's.
+    """
+
+    def __init__(
+        self, generator: LatentGenerator, tokenizer: ImageTokenizer, guide: LatentGenerator | None = None
+    ) -> None:
+        check_tokenizer(generator, tokenizer)
+        self.generator, self.tokenizer, self.guide = generator.eval(), tokenizer.eval(), guide
+        self.dtype = torch.float32
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: Path | str,
+        *,
+        tokenizer: Path | str | None = None,
+        guide: Path | str | None = None,
+        revision: str | None = None,
+    ) -> "GenerationPipeline":
+        """Load a generator and its tokenizer, in float32 on the CPU.
+
+        Args:
+            name_or_folder: A folder of a generator, or a repository such as `SoftVQVAE/sit-xl_softvq-l-64`.
+            tokenizer: Its tokenizer, where that is no longer where the generator remembers it.
+            guide: Another generator, for autoguidance.
+            revision: Branch, tag or commit of the generator's repository.
+
+        Returns:
+            The pipeline.
+
+        Raises:
+            InputError: If something cannot be found, or the tokenizer is another one.
+        """
+        generator = LatentGenerator.from_pretrained(name_or_folder, revision=revision)
+        return cls(
+            generator,
+            load_its_tokenizer(generator, name_or_folder, tokenizer),
+            None if guide is None else LatentGenerator.from_pretrained(guide),
+        )
+
+    def to(
+        self, device: torch.device | str, precision: Literal["auto", "bf16", "fp32"] = "auto"
+    ) -> "GenerationPipeline":
+        """Move everything to a device.
+
+        Args:
+            device: For example `cuda`.
+            precision: Of the networks; auto is bf16 on CUDA. Solvers and losses are float32 in any case.
+
+        Returns:
+            The pipeline itself.
+        """
+        device = torch.device(device)
+        self.dtype = compute_dtype(precision, device)
+        for model in (self.generator, self.guide):
+            if model is not None:
+                model.to(device, self.dtype)
+        self.tokenizer.to(device)
+        return self
+
+    def compile(self) -> "GenerationPipeline":
+        """Compile the networks: slow at the first call with a batch size, faster from then on; return the pipeline."""
+        for model in (self.generator, self.guide):
+            if model is not None:
+                model.network.compile(dynamic=False)
+        self.tokenizer.decoder.compile(dynamic=False)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.tokenizer.latent_mean.device
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        labels: Sequence[int | str] | Shaped[Tensor, "batch *conditiondim"],
+        *,
+        seed: int | Sequence[int] = 0,
+        recipe: SamplingRecipe | None = None,
+        batch_size: int = 64,
+        progress: Callable[[int], Any] | None = None,
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Make one image for each label.
+
+        Args:
+            labels: Names or numbers of classes, or embeddings `[batch, dim]`; for a generator without conditions
+                anything of the right length.
+            seed: One number, with which the image at each place is always the same; or one for each image. An image
+                depends on its label, its seed and place, and the recipe; not on the batch it is made in.
+            recipe: How; by default the generator's own.
+            batch_size: Images made at once.
+            progress: Called with the number of images made, after each batch.
+
+        Returns:
+            RGB in [-1, 1], float32, on the CPU.
+
+        Raises:
+            InputError: If a class is unknown, or the generator cannot be sampled so.
+            RunError: If an image is not finite.
+        """
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}, expected at least 1")
+        condition, keys = class_numbers(labels, self.generator), keys_of_images(seed, len(labels))
+        images = []
+        for start in range(0, len(condition), batch_size):
+            part = slice(start, start + batch_size)
+            latents = self.latents(condition[part], keys[part], recipe)
+            images.append(self.paint(latents))
+            if progress is not None:
+                progress(len(images[-1]))
+        return torch.cat(images)
+
+    @torch.inference_mode()
+    def latents(
+        self,
+        condition: Shaped[Tensor, "batch *conditiondim"],
+        keys: Int64[Tensor, " batch"],
+        recipe: SamplingRecipe | None = None,
+    ) -> Float[Tensor, "batch token dim"]:
+        """Make latents, on the device; see `LatentGenerator.sample`."""
+        return self.generator.sample(condition.to(self.device), keys.to(self.device), recipe, guide=self.guide)
+
+    @torch.inference_mode()
+    def paint(self, latents: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch 3 height width"]:
+        """Decode latents to RGB in [-1, 1] on the CPU; a RunError says if an image is not finite."""
+        low = self.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16) if low else contextlib.nullcontext():
+            images = self.tokenizer.decode(latents).float()
+        if not bool(images.isfinite().all()):
+            raise RunError("the images are not finite; try precision fp32, another sampler, or less guidance")
+        return images.clamp(-1, 1).cpu()
+
+
+def load_its_tokenizer(
+    generator: LatentGenerator, folder: Path | str, given: Path | str | None = None
+) -> ImageTokenizer:
+    """Load the tokenizer a generator was trained on.
+
+    Args:
+        generator: Remembers its name.
+        folder: Where the generator was loaded from, which a relative name starts at.
+        given: Overrules the name.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        InputError: If it cannot be found.
+    """
+    name = generator.tokenizer.name
+    if given is None and name is None:
+        raise InputError(f"{folder}: does not say which tokenizer its latents are of; name it with tokenizer")
+    if given is None and name is not None:
+        given = Path(folder) / name if (Path(folder) / name).is_dir() else name
+    assert given is not None
+    try:
+        return ImageTokenizer.from_pretrained(given)
+    except InputError as error:
+        raise InputError(f"the tokenizer of {folder} cannot be loaded: {error}") from error
+
+
+def check_tokenizer(generator: LatentGenerator, tokenizer: ImageTokenizer) -> None:
+    """Refuse a tokenizer that a generator was not trained on.
+
+    Args:
+        generator: Remembers its tokenizer's fingerprint, unless it was released without one.
+        tokenizer: The one that is to paint.
+
+    Raises:
+        InputError: If it is another, or its latents have another shape.
+    """
+    model, latents = generator.config, tokenizer.config
+    own, found = (model.num_tokens, model.latent_dim), (latents.num_latent_tokens, latents.latent_dim)
+    if own != found:
+        raise InputError(f"the tokenizer has {found[0]} tokens of {found[1]}, the generator makes {own[0]} of {own[1]}")
+    expected = generator.tokenizer.fingerprint
+    if expected is not None and expected != tokenizer.fingerprint():
+        raise InputError(
+            f"the tokenizer is {tokenizer.fingerprint()[:12]}, the generator was trained on {expected[:12]}; give that "
+            "one, or train a generator on this one"
+        )
+
+
+def class_numbers(
+    labels: Sequence[int | str] | Shaped[Tensor, "batch *conditiondim"], generator: LatentGenerator
+) -> Shaped[Tensor, "batch *conditiondim"]:
+    """Return what a generator is asked for as it takes it.
+
+    Args:
+        labels: Names or numbers of classes, or embeddings.
+        generator: Knows its classes.
+
+    Returns:
+        Class numbers `[batch]`, or the embeddings in float32.
+
+    Raises:
+        InputError: If a class is unknown, or there is nothing to make.
+    """
+    config = generator.config
+    if not len(labels):
+        raise InputError("there are no labels; give one for each image")
+    if config.condition == "embedding":
+        if not isinstance(labels, Tensor) or labels.shape[1:] != (config.condition_dim,):
+            raise InputError(f"the generator is asked by embeddings: give a tensor [batch, {config.condition_dim}]")
+        return labels.float()
+    if config.condition == "none":
+        return torch.zeros(len(labels), dtype=torch.int64)
+    given = labels.tolist() if isinstance(labels, Tensor) else labels
+    return torch.tensor([_number(label, generator) for label in given])
+
+
+def keys_of_images(seed: int | Sequence[int], count: int) -> Int64[Tensor, " batch"]:
+    """Return the keys of images, from which all their noise is drawn.
+
+    Args:
+        seed: One for all, or one for each.
+        count: Number of images.
+
+    Returns:
+        One key per image; a seed given alone makes the image that stands first under it.
+
+    Raises:
+        InputError: If the seeds are not as many as the images.
+    """
+    if isinstance(seed, int):
+        return keys_of(seed, "image", torch.arange(count))
+    if len(seed) != count:
+        raise InputError(f"there are {len(seed)} seeds for {count} images; give one each, or a single number")
+    return torch.cat([keys_of(one, "image", torch.zeros(1, dtype=torch.int64)) for one in seed])
+
+
+def _number(label: int | str, generator: LatentGenerator) -> int:
+    classes, count = generator.classes, generator.config.num_classes
+    if isinstance(label, str) and label in classes:
+        return classes.index(label)
+    if isinstance(label, str) and not label.isdecimal():
+        if not classes:
+            raise InputError(f"{label!r} is no class: this generator's have numbers only, 0 to {count - 1}")
+        close = difflib.get_close_matches(label, classes, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it knows {', '.join(classes[:10])}"
+        raise InputError(f"{label!r} is no class of this generator; {hint}")
+    number = int(label)
+    if not 0 <= number < count:
+        raise InputError(f"class {number} is out of range, expected 0 to {count - 1}")
+    return number
