@@ -8,12 +8,15 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64, Shaped
-from torch import Tensor
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
 
 from softvq.backbones import compute_dtype
 from softvq.errors import InputError, RunError
 from softvq.generators.generator import LatentGenerator
+from softvq.generators.heads import HeadBlock
 from softvq.generators.recipe import SamplingRecipe
+from softvq.generators.transformer import ModulatedBlock
 from softvq.randomness import keys_of
 from softvq.tokenizers.autoencoder import ImageTokenizer
 
@@ -96,8 +99,8 @@ class GenerationPipeline:
         """Compile the networks: slow at the first call with a batch size, faster from then on; return the pipeline."""
         for model in (self.generator, self.guide):
             if model is not None:
-                model.network.compile(dynamic=False)
-        self.tokenizer.decoder.compile(dynamic=False)
+                _compile(model)
+        _compile(self.tokenizer.decoder)
         return self
 
     @property
@@ -262,6 +265,13 @@ def keys_of_images(seed: int | Sequence[int], count: int) -> Int64[Tensor, " bat
     if len(seed) != count:
         raise InputError(f"there are {len(seed)} seeds for {count} images; give one each, or a single number")
     return torch.cat([keys_of(one, "image", torch.zeros(1, dtype=torch.int64)) for one in seed])
+
+
+def _compile(model: nn.Module) -> None:
+    """Compile block by block: equal ones share their code, so that depth costs no time at the start."""
+    for module in model.modules():
+        if isinstance(module, Block | HeadBlock | ModulatedBlock):
+            module.compile(dynamic=False)
 
 
 def _number(label: int | str, generator: LatentGenerator) -> int:

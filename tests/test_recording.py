@@ -6,7 +6,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from softvq.data.latent_set import LatentBatch
 from softvq.errors import InputError
+from softvq.generators.generator import LatentGenerator
+from softvq.generators.presets import generator_preset
+from softvq.training.generator_task import GeneratorTask
+from softvq.training.optim import OptimConfig
 from softvq.training.tokenizer_recipe import build_task
 from softvq.training.trainer import TrainConfig, Trainer
 from tests import family
@@ -48,4 +53,30 @@ def test_replayed_steps_equal_those_that_are_not(name: str, tmp_path: Path) -> N
     assert recorded._recorder is not None
     assert recorded._recorder._recordings
     for ours, theirs in zip(plain.task.parameters(), recorded.task.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", ["sit-tiny", "dit-tiny", "mar-tiny"])
+def test_replayed_steps_of_generators_equal_those_that_are_not(kind: str, compiled: bool, tmp_path: Path) -> None:
+    device = torch.device("cuda", torch.cuda.device_count() - 1)  # which need not be the current one
+    trainers = []
+    for graph in (False, True):
+        torch.manual_seed(0)
+        generator = LatentGenerator(generator_preset(kind, num_tokens=16, latent_dim=8, num_classes=5))
+        settings = TrainConfig(
+            batch_size=8, device=str(device), precision="fp32", compile=compiled and graph, cuda_graph=graph
+        )
+        task, optim = GeneratorTask(generator, seed=0), OptimConfig(lr=1e-3)
+        trainers.append(Trainer(task, tmp_path, settings, optim, seed=0, console=Console(quiet=True)))
+    for step in range(8):
+        positions = torch.arange(8 * step, 8 * step + 8, device=device)
+        latents = torch.randn(8, 16, 8, generator=torch.Generator().manual_seed(step)).to(device)
+        batch = LatentBatch(latents=latents, labels=positions % 5, positions=positions)
+        expected, found = (ours.update(batch) for ours in trainers)
+        assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-3), step
+    assert trainers[1]._recorder is not None
+    assert trainers[1]._recorder._recordings
+    for ours, theirs in zip(*(one.task.parameters() for one in trainers), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)

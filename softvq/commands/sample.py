@@ -17,6 +17,7 @@ from softvq.data.images import SUFFIXES, to_image
 from softvq.errors import InputError
 from softvq.evaluation.pictures import grid
 from softvq.files import replacing, write_json
+from softvq.generators.generator import LatentGenerator
 from softvq.generators.guidance import Guidance
 from softvq.generators.recipe import SamplingRecipe, resolved
 from softvq.pipeline import GenerationPipeline, class_numbers, keys_of_images
@@ -38,7 +39,7 @@ def sample(arguments: argparse.Namespace) -> None:
         raise InputError(f"--n is {arguments.n}, expected at most {MAX_IMAGES}")
     pipeline = GenerationPipeline.from_pretrained(arguments.model, tokenizer=arguments.tokenizer, guide=arguments.guide)
     generator = pipeline.generator
-    recipe = _recipe(generator.sampling, arguments)
+    recipe = _recipe(_with_sampler(generator), arguments)
     if arguments.guide is None:
         recipe = resolved(recipe, generator.config)
     names = _classes(arguments.classes, pipeline)
@@ -84,6 +85,14 @@ def _make(
                     picture.save(temporary)
             bar.advance(task, len(images))
     return pictures
+
+
+def _with_sampler(generator: LatentGenerator) -> SamplingRecipe:
+    """Return the stored recipe with the sampler that auto stands for; what may be overruled is not checked yet."""
+    stored = generator.sampling
+    if stored.sampler != "auto":
+        return stored
+    return dataclasses.replace(stored, sampler=resolved(SamplingRecipe(steps=1), generator.config).sampler)
 
 
 def _recipe(stored: SamplingRecipe, arguments: argparse.Namespace) -> SamplingRecipe:

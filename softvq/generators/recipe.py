@@ -5,9 +5,11 @@ from typing import Literal
 
 from softvq.errors import InputError
 from softvq.generators.config import GeneratorConfig
-from softvq.generators.diffusion import DiffusionConfig
+from softvq.generators.diffusion import Diffusion, DiffusionConfig
+from softvq.generators.flow import Flow
 from softvq.generators.guidance import Guidance
 from softvq.generators.mar import MARConfig
+from softvq.generators.sampling import times_for
 
 __all__ = ["SamplerName", "SamplingRecipe", "resolved"]
 
@@ -66,4 +68,6 @@ def resolved(recipe: SamplingRecipe, config: GeneratorConfig) -> SamplingRecipe:
     if recipe.guidance.scale != 1 and not config.guidable:
         why = "has no condition" if config.condition == "none" else "was trained without label_dropout"
         raise InputError(f"guidance is {recipe.guidance.scale:g}, but the generator {why}; leave it at 1")
+    process = Diffusion(config.process) if isinstance(config.process, DiffusionConfig) else Flow(config.process)
+    times_for(recipe.sampler, process, recipe.head_steps if mar else recipe.steps, recipe.shift)
     return recipe

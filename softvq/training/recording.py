@@ -43,7 +43,8 @@ class Recorder:
         self._parameters = list(parameters)
         self._recordings: dict[Hashable, _Recording] = {}
         self._met: Counter[Hashable] = Counter()
-        self._stream = torch.cuda.Stream()
+        self._device = self._parameters[0].device
+        self._stream = torch.cuda.Stream(self._device)
 
     def __call__(self, key: Hashable, batch: Any, scheduled: Mapping[str, float]) -> Reports:
         """Leave the gradients of a batch and return its reports, which the next call overwrites.
@@ -56,6 +57,10 @@ class Recorder:
         Returns:
             What the function returned.
         """
+        with torch.cuda.device(self._device):  # a graph is of the current GPU, whatever the tensors' is
+            return self._replayed(key, batch, scheduled)
+
+    def _replayed(self, key: Hashable, batch: Any, scheduled: Mapping[str, float]) -> Reports:
         if key not in self._recordings:
             self._met[key] += 1
             if self._met[key] <= EAGER_STEPS:

@@ -1,0 +1,208 @@
+"""From labels to images in Python."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import softvq
+from softvq.errors import InputError, RunError
+from softvq.generators.generator import LatentGenerator, TokenizerReference
+from softvq.pipeline import GenerationPipeline, class_numbers, keys_of_images
+from softvq.tokenizers.autoencoder import ImageTokenizer
+from tests.generators import CLASSES, KINDS, build, make_generator, quick
+from tests.program import SIZE, make_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline") / "generator"
+    make_generator(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder: Path) -> GenerationPipeline:
+    return GenerationPipeline.from_pretrained(folder)
+
+
+def test_three_lines_make_images(folder: Path) -> None:
+    pipeline = softvq.GenerationPipeline.from_pretrained(folder)
+    images = pipeline(["bee", 0, "2"], seed=3)
+    assert images.shape == (3, 3, SIZE, SIZE)
+    assert (images.dtype, images.device.type, images.requires_grad) == (torch.float32, "cpu", False)
+    assert images.min() >= -1
+    assert images.max() <= 1
+    assert images.flatten(1).std(dim=1).min() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_are_the_decoded_latents(kind: str, tmp_path: Path) -> None:
+    generator = make_generator(tmp_path, kind)
+    labels = torch.tensor([0, 1, 2])
+    latents = generator.sample(labels, keys_of_images(5, 3))
+    with torch.no_grad():
+        expected = ImageTokenizer.from_pretrained(tmp_path / "tokenizer").decode(latents).clamp(-1, 1)
+    assert torch.equal(GenerationPipeline.from_pretrained(tmp_path)(labels, seed=5), expected)
+
+
+def test_classes_have_names_and_numbers(pipeline: GenerationPipeline) -> None:
+    expected = pipeline([0, 1, 2])
+    for labels in (CLASSES, ["0", "1", "2"], torch.tensor([0, 1, 2]), ["ant", 1, "2"]):
+        assert torch.equal(pipeline(labels), expected)
+    assert not torch.equal(pipeline([1, 1, 2])[0], expected[0])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["bea"], "'bea' is no class of this generator; did you mean 'bee'?"),
+        (["zeppelin"], "'zeppelin' is no class of this generator; it knows ant, bee, cat"),
+        ([3], "class 3 is out of range, expected 0 to 2"),
+        ([-1], "class -1 is out of range, expected 0 to 2"),
+        (["3"], "class 3 is out of range, expected 0 to 2"),
+        (torch.tensor([7]), "class 7 is out of range"),
+        ([], "there are no labels"),
+        ([""], "'' is no class"),
+    ],
+)
+def test_a_class_that_is_not_there(pipeline: GenerationPipeline, labels: Any, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        pipeline(labels)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_classes_without_names_have_numbers_only() -> None:
+    generator = build("sit")
+    assert class_numbers([0, "2"], generator).tolist() == [0, 2]
+    with pytest.raises(InputError, match=r"'ant' is no class: this generator's have numbers only, 0 to 2"):
+        class_numbers(["ant"], generator)
+
+
+def test_a_name_made_of_digits_is_a_name_first() -> None:
+    named = LatentGenerator(build("sit").config, classes=("2", "1", "0"))
+    assert class_numbers(["2", 2], named).tolist() == [0, 2]
+
+
+def test_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "other", seed=1)
+    with pytest.raises(InputError, match=r"the tokenizer is [0-9a-f]{12}, the generator was trained on [0-9a-f]{12}"):
+        GenerationPipeline.from_pretrained(folder, tokenizer=tmp_path / "other")
+    generator = build("sit", num_tokens=5)
+    with pytest.raises(InputError, match="the tokenizer has 4 tokens of 8, the generator makes 5 of 8"):
+        GenerationPipeline(generator, other)
+
+
+def test_a_generator_that_names_no_tokenizer_needs_one(tmp_path: Path) -> None:
+    build("sit").save_pretrained(tmp_path / "generator")
+    make_model(tmp_path / "model")
+    with pytest.raises(InputError, match="does not say which tokenizer"):
+        GenerationPipeline.from_pretrained(tmp_path / "generator")
+    assert (
+        GenerationPipeline.from_pretrained(tmp_path / "generator", tokenizer=tmp_path / "model")([0]).isfinite().all()
+    )
+
+
+def test_a_tokenizer_that_is_gone_is_named(tmp_path: Path) -> None:
+    make_generator(tmp_path / "generator")
+    shutil.rmtree(tmp_path / "generator/tokenizer")
+    with pytest.raises(InputError, match=r"the tokenizer of .*generator cannot be loaded: .*tokenizer"):
+        GenerationPipeline.from_pretrained(tmp_path / "generator")
+
+
+def test_a_folder_may_be_moved(folder: Path, pipeline: GenerationPipeline, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
+    assert torch.equal(GenerationPipeline.from_pretrained(moved)([0]), pipeline([0]))
+    assert torch.equal(GenerationPipeline.from_pretrained(str(moved))([0]), pipeline([0]))
+
+
+def test_a_seed_for_all_or_for_each(pipeline: GenerationPipeline) -> None:
+    labels = [0, 0, 0]
+    images = pipeline(labels, seed=4)
+    assert len(images.flatten(1).unique(dim=0)) == 3
+    assert torch.equal(pipeline(labels, seed=4), images)
+    assert not torch.equal(pipeline(labels, seed=5), images)
+    each = pipeline(labels, seed=[4, 9, 4])
+    torch.testing.assert_close(each[0], images[0], atol=1e-5, rtol=0)  # the image that stands first under seed 4
+    torch.testing.assert_close(each[2], each[0], atol=1e-5, rtol=0)
+    assert not torch.allclose(each[1], images[1], atol=1e-3)
+    with pytest.raises(InputError, match="there are 2 seeds for 3 images"):
+        pipeline(labels, seed=[1, 2])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_the_batch_size_changes_nothing(pipeline: GenerationPipeline, batch_size: int) -> None:
+    labels, done = [0, 1, 2, 0, 1], []
+    images = pipeline(labels, seed=1, batch_size=batch_size, progress=done.append)
+    torch.testing.assert_close(images, pipeline(labels, seed=1, batch_size=5), atol=1e-5, rtol=0)
+    assert sum(done) == 5
+    assert max(done) <= batch_size
+
+
+def test_a_batch_size_of_nothing(pipeline: GenerationPipeline) -> None:
+    with pytest.raises(InputError, match="batch_size is 0, expected at least 1"):
+        pipeline([0], batch_size=0)
+
+
+def test_embeddings_are_a_condition(tmp_path: Path) -> None:
+    make_generator(tmp_path, condition="embedding", condition_dim=5)
+    pipeline = GenerationPipeline.from_pretrained(tmp_path)
+    vectors = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    images = pipeline(vectors, recipe=quick("sit", guidance={"scale": 2.0}))
+    torch.testing.assert_close(pipeline(vectors.double(), recipe=quick("sit", guidance={"scale": 2.0})), images)
+    assert not torch.allclose(pipeline(-vectors, recipe=quick("sit", guidance={"scale": 2.0})), images, atol=1e-3)
+    wrong: list[Any] = [[0, 1], vectors[:, :4], vectors[0]]
+    for labels in wrong:
+        with pytest.raises(InputError, match=r"asked by embeddings: give a tensor \[batch, 5\]"):
+            pipeline(labels)
+
+
+def test_a_generator_without_conditions_makes_as_many_as_asked_for(tmp_path: Path) -> None:
+    make_generator(tmp_path, condition="none")
+    images = GenerationPipeline.from_pretrained(tmp_path)(["whatever", 3])
+    assert len(images.flatten(1).unique(dim=0)) == 2
+
+
+def test_a_recipe_overrules_the_stored_one(pipeline: GenerationPipeline) -> None:
+    stored = pipeline([0, 1])
+    assert torch.equal(pipeline([0, 1], recipe=pipeline.generator.sampling), stored)
+    assert not torch.equal(pipeline([0, 1], recipe=quick("sit", steps=5)), stored)
+    assert not torch.equal(pipeline([0, 1], recipe=quick("sit", guidance={"scale": 3.0})), stored)
+    assert not torch.equal(pipeline([0, 1], recipe=quick("sit", temperature=0.5)), stored)
+
+
+def test_a_guide_leads_away_from_itself(folder: Path, tmp_path: Path) -> None:
+    make_generator(tmp_path / "worse", seed=1)
+    pipeline = GenerationPipeline.from_pretrained(folder, guide=tmp_path / "worse")
+    plain, guided = (pipeline([0, 1], recipe=quick("sit", guidance={"scale": scale})) for scale in (1.0, 3.0))
+    assert not torch.allclose(plain, guided, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_is_near_float32(kind: str, tmp_path: Path) -> None:
+    make_generator(tmp_path, kind, process={"kind": "flow"})
+    pipeline = GenerationPipeline.from_pretrained(tmp_path)
+    full = pipeline([0, 1])
+    low = pipeline.to("cpu", "bf16")([0, 1])
+    assert low.dtype == torch.float32
+    assert 0 < (low - full).abs().max() < 0.1
+
+
+def test_images_that_are_not_finite_are_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = GenerationPipeline.from_pretrained(folder)
+
+    def broken(latents: Tensor) -> Tensor:
+        return torch.full((len(latents), 3, SIZE, SIZE), torch.nan)
+
+    monkeypatch.setattr(pipeline.tokenizer, "decode", broken)
+    with pytest.raises(RunError, match="the images are not finite"):
+        pipeline([0])
+
+
+def test_class_names_must_be_as_many_as_the_classes() -> None:
+    with pytest.raises(InputError, match=r"there are 2 class names, expected num_classes \(3\)"):
+        LatentGenerator(build("sit").config, classes=("a", "b"), tokenizer=TokenizerReference())
