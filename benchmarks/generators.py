@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -49,6 +50,7 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "generators"
 KINDS = ("sit-s", "dit-s", "mar-s")
 COLUMNS = ("accuracy", "low", "high", "distance", "nearest", "updates", "minutes", "images/s")
 SHOWN = 10
+GRID_SIDE = 520
 
 
 def train(kind: str, arguments: argparse.Namespace) -> None:
@@ -145,6 +147,7 @@ def figures(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     }
     repeated = features(backbone, reconstructions(train_images[chosen], arguments))
     rows["their reconstructions"] = row(repeated, train_labels[chosen], known)
+    drawn: list[Image.Image] = []
     for kind in arguments.only:
         facts = json.loads((arguments.out / kind / "facts.json").read_text())
         for scale in arguments.guidance:
@@ -155,10 +158,14 @@ def figures(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
                 _, places = nearest(found[:SHOWN], known)
                 pairs = torch.stack([images[:SHOWN], train_images[places[:, 0].cpu()]], dim=1).flatten(0, 1)
                 captions = [text for place in range(len(places)) for text in (classes[place % len(classes)], "nearest")]
-                grid(pairs, 2 * len(classes), captions).save(arguments.out / f"{kind}-nearest.png")
+                grid(pairs, 2 * len(classes), captions).save(arguments.out / f"{kind}-nearest.jpg", quality=88)
                 names = [folder.names[place] for place in places[:, 0].tolist()]
                 (arguments.out / f"{kind}-nearest.json").write_text(json.dumps(names, indent=1))
-                grid(images[: 5 * len(classes)], len(classes)).save(arguments.out / f"{kind}.png")
+                drawn.append(grid(images[: 5 * len(classes)], len(classes)))
+    sheet = Image.new("RGB", (GRID_SIDE * len(drawn), GRID_SIDE), "white")
+    for place, one in enumerate(drawn):
+        sheet.paste(one.resize((GRID_SIDE, GRID_SIDE), Image.Resampling.LANCZOS), (GRID_SIDE * place, 0))
+    sheet.save(arguments.out / "generators.jpg", quality=88)
     return rows
 
 

@@ -260,14 +260,16 @@ def _add_model(commands: Commands) -> None:
     stats.add_argument("--overwrite", action="store_true", help="write although something is at --out already")
     _machine(stats)
     average = _add(commands, "average", "average:average", "save a run's model with a longer or shorter average")
-    average.add_argument("run_dir", metavar="RUN", help="the folder of a run that kept averages, by train.ema_lengths")
-    average.add_argument(
+    average.add_argument("run_dir", metavar="RUN", help="the folder of a finished run that kept other averages")
+    which = average.add_mutually_exclusive_group(required=True)
+    which.add_argument(
         "--length",
         type=float,
-        required=True,
         metavar="L",
-        help="relative length of the average: its profile's deviation as a fraction of the run, 0.001 to 0.288",
+        help="put together from those of train.ema_lengths: the profile's deviation as a fraction of the run, 0.001 to "
+        "0.288",
     )
+    which.add_argument("--decay", type=float, metavar="D", help="one of train.more_ema_decays, as it is")
     average.add_argument("--out", required=True, metavar="DIR", help="save the model here")
     average.add_argument("--overwrite", action="store_true", help="write although something is at --out already")
 

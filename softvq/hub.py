@@ -15,10 +15,11 @@ from softvq.config import read_json
 from softvq.errors import InputError, RunError
 from softvq.files import read_tensors, replacing, write_json, write_tensors, write_text
 
-__all__ = ["load_folder", "load_strictly", "push", "save_folder"]
+__all__ = ["load_folder", "load_strictly", "locate", "push", "save_folder"]
 
 FORMAT_VERSION = 1
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FILES = ["config.json", "model.safetensors", "tokenizer/config.json", "tokenizer/model.safetensors"]
 EXAMPLE = "SoftVQVAE/softvq-l-64"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -71,9 +72,7 @@ def load_folder(
     Raises:
         InputError: If it cannot be found or read, or holds something else.
     """
-    folder = Path(name_or_folder)
-    if not folder.exists():
-        folder = _download(str(name_or_folder), revision)
+    folder = locate(name_or_folder, revision=revision)
     if not folder.is_dir():
         raise InputError(f"{folder}: is a file, expected a folder with config.json and model.safetensors")
     if not (folder / "config.json").is_file():
@@ -99,6 +98,23 @@ def load_folder(
         )
     body = {key: value for key, value in config.items() if key not in ("format", "version")}
     return body, tensors, str(name_or_folder)
+
+
+def locate(name_or_folder: Path | str, *, revision: str | None = None) -> Path:
+    """Return where a model's files lie, fetched from the hub if need be.
+
+    Args:
+        name_or_folder: A folder, or `owner/name` of a repository when no such folder exists.
+        revision: Branch, tag or commit of the repository.
+
+    Returns:
+        A path that exists.
+
+    Raises:
+        InputError: If it cannot be found.
+    """
+    folder = Path(name_or_folder)
+    return folder if folder.exists() else _download(str(name_or_folder), revision)
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -174,7 +190,7 @@ def _download(name: str, revision: str | None) -> Path:
             f"{name}: no such folder, and not the name of a repository, which is owner/name, for example {EXAMPLE}"
         )
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["config.json", "model.safetensors"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
     except RepositoryNotFoundError as error:
         raise InputError(f"{name}: no such folder here and no such repository on the hub") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:

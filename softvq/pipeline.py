@@ -11,9 +11,10 @@ from jaxtyping import Float, Int64, Shaped
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from softvq import hub
 from softvq.backbones import compute_dtype
 from softvq.errors import InputError, RunError
-from softvq.generators.generator import LatentGenerator
+from softvq.generators.generator import LatentGenerator, TokenizerReference
 from softvq.generators.heads import HeadBlock
 from softvq.generators.recipe import SamplingRecipe
 from softvq.generators.transformer import ModulatedBlock
@@ -71,9 +72,26 @@ class GenerationPipeline:
         generator = LatentGenerator.from_pretrained(name_or_folder, revision=revision)
         return cls(
             generator,
-            load_its_tokenizer(generator, name_or_folder, tokenizer),
+            load_its_tokenizer(generator, hub.locate(name_or_folder, revision=revision), tokenizer),
             None if guide is None else LatentGenerator.from_pretrained(guide),
         )
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write the generator into a folder, and its tokenizer into `tokenizer/` in it, so that they stay together.
+
+        Args:
+            folder: Made if need be; files of these names are replaced.
+
+        Raises:
+            RunError: If the files cannot be written.
+        """
+        self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
+        self.generator.tokenizer = TokenizerReference(name="tokenizer", fingerprint=self.tokenizer.fingerprint())
+        self.generator.save_pretrained(folder)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload both to a Hugging Face repository, made if need be; return its address."""
+        return hub.push(self.save_pretrained, repo_id, private=private, token=token)
 
     def to(
         self, device: torch.device | str, precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from softvq import hub
 from softvq.tokenizers.autoencoder import ImageTokenizer
+from softvq.training import checkpoint
 from softvq.training.averages import save_snapshot
 from tests.program import Program, contents, make_model
 
@@ -82,3 +83,20 @@ def test_what_cannot_be_averaged_is_one_sentence(program: Program, tmp_path: Pat
     (run / "averages/step-00000005.safetensors").write_text(json.dumps({}))
     program.refuses("average", run, "--length", "0.1", *out, names=("step-00000005.safetensors", "not a whole"))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_average_of_another_decay_is_saved(program: Program, tmp_path: Path) -> None:
+    expected, run = finished_run(tmp_path / "run"), tmp_path / "run"
+    tensors = {f"averages.ema_0.9.tokenizer.{name}": value for name, value in expected.items()}
+    checkpoint.save(run, 20, tensors, {}, keep=1)
+    result = program("average", run, "--decay", "0.9", "--out", tmp_path / "out")
+    assert result.code == 0, result
+    assert f"{tmp_path / 'out'}: the average of decay 0.9 at step 20" in result.out
+    saved = ImageTokenizer.from_pretrained(tmp_path / "out").state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(saved[name], value)
+    other = ("--out", tmp_path / "other")
+    program.refuses("average", run, "--decay", "0.5", *other, names=(run, "keeps no average of decay 0.5"))
+    program.refuses("average", run, *other, names=("--length", "--decay"))
+    program.refuses("average", run, "--decay", "0.9", "--length", "0.1", *other, names=("--length",))
+    assert not (tmp_path / "other").exists()

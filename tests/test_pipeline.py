@@ -1,5 +1,6 @@
 """From labels to images in Python."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 
 import softvq
+from softvq import hub
 from softvq.errors import InputError, RunError
 from softvq.generators.generator import LatentGenerator, TokenizerReference
 from softvq.pipeline import GenerationPipeline, class_numbers, keys_of_images
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from tests.generators import CLASSES, KINDS, build, make_generator, quick
-from tests.program import SIZE, make_model
+from tests.program import SIZE, Program, make_model
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +208,31 @@ def test_images_that_are_not_finite_are_an_error(folder: Path, monkeypatch: pyte
 def test_class_names_must_be_as_many_as_the_classes() -> None:
     with pytest.raises(InputError, match=r"there are 2 class names, expected num_classes \(3\)"):
         LatentGenerator(build("sit").config, classes=("a", "b"), tokenizer=TokenizerReference())
+
+
+def test_a_pipeline_is_saved_and_found_in_a_repository(
+    pipeline: GenerationPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded: list[list[str]] = []
+
+    def push(save: Any, repo_id: str, **options: Any) -> str:
+        save(tmp_path / "uploaded")
+        uploaded.append(sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.safetensors")))
+        return f"https://hub.example/{repo_id}"
+
+    monkeypatch.setattr(hub, "push", push)
+    assert pipeline.push_to_hub("me/flowers") == "https://hub.example/me/flowers"
+    assert uploaded == [["uploaded/model.safetensors", "uploaded/tokenizer/model.safetensors"]]
+    monkeypatch.setattr(hub, "_download", lambda name, revision: tmp_path / "uploaded")
+    assert torch.equal(GenerationPipeline.from_pretrained("me/flowers")([0, 1]), pipeline([0, 1]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_generator_can_be_inspected(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program, generator = Program(capsys), make_generator(tmp_path, kind)
+    report = json.loads(program("inspect", tmp_path, "--json").out)
+    assert report["fingerprint"] == generator.fingerprint()
+    assert report["parameters"]["total"] == sum(p.numel() for p in generator.parameters())
+    assert sum(report["parameters"].values()) == 2 * report["parameters"]["total"]
+    assert report["sampling"]["sampler"] != "auto"
+    assert CLASSES[0] in program("inspect", tmp_path).out

@@ -16,6 +16,7 @@ from softvq.training.averages import (
     post_hoc_shares,
     snapshot_profiles,
 )
+from softvq.training.checkpoint import latest, load
 
 __all__ = ["average"]
 
@@ -25,39 +26,67 @@ FAR = 0.05
 
 
 def average(arguments: argparse.Namespace) -> None:
-    """Save the model of a finished run with an average of its weights of another relative length."""
+    """Save the model of a finished run with another average of its weights."""
     run, out = Path(arguments.run_dir), Path(arguments.out)
-    check_length(arguments.length, "--length")
+    if arguments.length is not None:
+        check_length(arguments.length, "--length")
     kind = _kind_of(run)
     if out.resolve() == run.resolve() or out.resolve().is_relative_to((run / kind).resolve()):
         raise InputError(f"{out}: is the run's own folder, which is left as it is; give another --out")
+    check_output(out, arguments.overwrite)
+    if arguments.length is None:
+        step, averages = _kept(run, arguments.decay)
+        _save(run, kind, out, averages, f"{arguments.decay:g}")
+        results().print(f"{out}: the average of decay {arguments.decay:g} at step {step}", soft_wrap=True)
+    else:
+        _put_together(run, kind, out, arguments.length)
+    if kind == "tokenizer":
+        messages().print(
+            "its latent statistics are those of the run's model; fit them with softvq fit-stats", soft_wrap=True
+        )
+
+
+def _kept(run: Path, decay: float) -> tuple[int, dict[str, Tensor]]:
+    """Return the average of a decay out of the newest checkpoint."""
+    saved = latest(run)
+    if saved is None:
+        raise InputError(f"{run}: has no checkpoint, which its averages would be in; give the folder of a whole run")
+    prefix, (tensors, _) = f"averages.ema_{decay:g}.", load(saved)
+    found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    if not found:
+        raise InputError(f"{run}: keeps no average of decay {decay:g}; train with more_ema_decays, e.g. [{decay:g}]")
+    return saved.step, found
+
+
+def _put_together(run: Path, kind: str, out: Path, length: float) -> None:
+    """Save the average of a relative length."""
     snapshots = find_snapshots(run)
     if not snapshots:
         raise InputError(f"{run}: keeps no averages to choose from; train with ema_lengths, e.g. [0.05, 0.1]")
-    check_output(out, arguments.overwrite)
-    config, tensors, _ = hub.load_folder(run / kind, kind=kind)
     profiles = snapshot_profiles(snapshots)
     newest = max(step for step, _ in profiles)
-    _, distance = post_hoc_shares(profiles, newest, arguments.length)
-    replaced = _with_averages(tensors, post_hoc_average(snapshots, arguments.length), kind, run)
-    if isinstance(config.get("sampling"), dict):
-        config["sampling"]["ema"] = f"power_{arguments.length:g}"
-    _copy_others(run / kind, out)
-    card = run / kind / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else f"# softvq {kind}\n"
-    hub.save_folder(out, kind=kind, config=config, tensors=replaced, card=text)
+    _, distance = post_hoc_shares(profiles, newest, length)
+    _save(run, kind, out, post_hoc_average(snapshots, length), f"power_{length:g}")
     lengths = ", ".join(map(str, dict.fromkeys(length for _, length in profiles)))
     results().print(
-        f"{out}: the average of length {arguments.length} at step {newest}, from {len(snapshots)} snapshots of "
+        f"{out}: the average of length {length} at step {newest}, from {len(snapshots)} snapshots of "
         f"length {lengths}; its profile is {distance:.2%} off",
         soft_wrap=True,
     )
     if distance > FAR:
         messages().print("that is far, choose a length nearer to the kept ones, or save more often", soft_wrap=True)
-    if kind == "tokenizer":
-        messages().print(
-            "its latent statistics are those of the run's model; fit them with softvq fit-stats", soft_wrap=True
-        )
+
+
+def _save(run: Path, kind: str, out: Path, averages: dict[str, Tensor], name: str) -> None:
+    """Write the run's model with other weights, and the name of their average."""
+    config, tensors, _ = hub.load_folder(run / kind, kind=kind)
+    replaced = _with_averages(tensors, averages, kind, run)
+    if isinstance(config.get("sampling"), dict):
+        config["sampling"]["ema"] = name
+    _copy_others(run / kind, out)
+    card = run / kind / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# softvq {kind}\n"
+    hub.save_folder(out, kind=kind, config=config, tensors=replaced, card=text)
 
 
 def _kind_of(run: Path) -> str:

@@ -8,24 +8,33 @@ from typing import Any
 
 import torch
 from rich.table import Column, Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from softvq import hub
 from softvq.commands.common import load_tokenizer, results
-from softvq.config import to_dict
+from softvq.config import flat, read_json, to_dict
 from softvq.evaluation.metrics import compression_ratio
 from softvq.files import sha256
+from softvq.generators import released
+from softvq.generators.generator import LatentGenerator
+from softvq.generators.recipe import resolved
 from softvq.tokenizers.autoencoder import ImageTokenizer
 
-__all__ = ["describe", "inspect", "parameter_counts"]
+__all__ = ["describe", "describe_generator", "inspect", "parameter_counts"]
 
 
 def inspect(arguments: argparse.Namespace) -> None:
     """Print what is inside a model, as tables or as JSON."""
-    tokenizer = load_tokenizer(arguments.model, torch.device("cpu"))
-    report = {"model": arguments.model, **describe(tokenizer), "files": _files(Path(arguments.model))}
+    folder = hub.locate(arguments.model)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if config.get("format") == "softvq-generator" or released.is_released(config):
+        facts = describe_generator(LatentGenerator.from_pretrained(arguments.model))
+    else:
+        facts = describe(load_tokenizer(arguments.model, torch.device("cpu")))
+    report = {"model": arguments.model, **facts, "files": _files(Path(arguments.model))}
     if arguments.json:
         results().print(json.dumps(report, indent=2), soft_wrap=True)
         return
@@ -68,10 +77,28 @@ def describe(tokenizer: ImageTokenizer) -> dict[str, Any]:
     }
 
 
-def parameter_counts(tokenizer: ImageTokenizer) -> dict[str, int]:
+def describe_generator(generator: LatentGenerator) -> dict[str, Any]:
+    """Return the facts about a generator as plain data."""
+    config, classes = generator.config, generator.classes
+    asked = {"condition": config.condition, "num_classes": config.num_classes, "label_dropout": config.label_dropout}
+    return {
+        "fingerprint": generator.fingerprint(),
+        "tokenizer": to_dict(generator.tokenizer),
+        "parameters": parameter_counts(generator.network),
+        "latents": {"num_tokens": config.num_tokens, "latent_dim": config.latent_dim},
+        "condition": {**asked, "classes": ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")},
+        "network": to_dict(config.network),
+        "process": to_dict(config.process),
+        "sampling": flat(to_dict(resolved(generator.sampling, config))),
+    }
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Return how many numbers are learned in each part; every parameter is counted once."""
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in tokenizer.named_children()}
-    return {**counts, "total": sum(p.numel() for p in tokenizer.parameters())}
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    own = sum(parameter.numel() for parameter in model.parameters(recurse=False))
+    total = sum(p.numel() for p in model.parameters())
+    return {**counts, **({"itself": own} if own else {}), "total": total}
 
 
 def _flops(tokenizer: ImageTokenizer) -> dict[str, int]:

@@ -15,6 +15,8 @@ from softvq.training.trainer import TrainConfig
 
 __all__ = ["GeneratorRunConfig", "expand_generator"]
 
+DIT_OPTIM = OptimConfig(betas=(0.9, 0.999), weight_decay=0.0, schedule="constant")
+"""arXiv:2212.09748, section 4."""
 SHAPE = ("num_tokens", "latent_dim", "num_classes")
 """Fields of the model that the latents decide."""
 
@@ -33,10 +35,8 @@ class GeneratorRunConfig:
     """Folder or repository of the tokenizer; null takes the one the cache names. Without a cache it is needed."""
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(crop="center"))
     """The photographs to train on, without a cache."""
-    optim: OptimConfig = dataclasses.field(
-        default_factory=lambda: OptimConfig(betas=(0.9, 0.999), weight_decay=0.0, schedule="constant")
-    )
-    """How to update; as in DiT by default."""
+    optim: OptimConfig = DIT_OPTIM
+    """How to update; as in DiT by default, also in the fields of it that a recipe leaves out."""
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     """How long, and how often to save."""
     sampling: SamplingRecipe = dataclasses.field(default_factory=SamplingRecipe)
@@ -73,9 +73,12 @@ def expand_generator(data: Mapping[str, Any], shape: Mapping[str, int]) -> dict[
         if name in model and name in shape and model[name] != shape[name]:
             raise InputError(f"model.{name} is {model[name]!r}, but the latents have {shape[name]}; leave it out")
     fields = {name: value for name, value in model.items() if name != "preset"}
+    defaults = {"optim": to_dict(DIT_OPTIM), "data": {"crop": "center"}}
+    data = merged({name: group for name, group in defaults.items() if name in data}, data)
     given: dict[str, Any] = {name: shape[name] for name in SHAPE if name in shape}
     if "num_classes" not in given and "condition" not in fields:
         given["condition"] = "none"
+        data = merged(data, {"sampling": {"guidance": {"scale": 1.0}}})  # there is nothing to guide by
     if "preset" not in model:
         return {**data, "model": {**given, **fields}}
     if not isinstance(model["preset"], str):

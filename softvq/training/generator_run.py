@@ -209,8 +209,8 @@ def _export(trainer: Trainer, source: _Source, folder: Path) -> None:
     """Save the averaged weights; a tokenizer that is a folder goes with them, so that they can be moved together."""
     assert isinstance(trainer.task, GeneratorTask)
     generator = trainer.task.generator
-    if Path(source.name).is_dir():
-        source.tokenizer.save_pretrained(folder / "tokenizer")
-        generator.tokenizer = dataclasses.replace(generator.tokenizer, name="tokenizer")
     with trainer.averaged():
-        generator.save_pretrained(folder)
+        if Path(source.name).is_dir():
+            GenerationPipeline(generator, source.tokenizer).save_pretrained(folder)
+        else:
+            generator.save_pretrained(folder)
