@@ -1,6 +1,7 @@
 """Model folders, `config.json` and `model.safetensors`, local or in a repository: strict in, atomic out."""
 
 import contextlib
+import hashlib
 import json
 import re
 import tempfile
@@ -15,7 +16,7 @@ from softvq.config import read_json
 from softvq.errors import InputError, RunError
 from softvq.files import read_tensors, replacing, write_json, write_tensors, write_text
 
-__all__ = ["load_folder", "load_strictly", "locate", "push", "save_folder"]
+__all__ = ["fingerprint", "load_folder", "load_strictly", "locate", "push", "save_folder"]
 
 FORMAT_VERSION = 1
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -98,6 +99,15 @@ def load_folder(
         )
     body = {key: value for key, value in config.items() if key not in ("format", "version")}
     return body, tensors, str(name_or_folder)
+
+
+def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 over a config and every tensor, whatever device and dtype they have."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def locate(name_or_folder: Path | str, *, revision: str | None = None) -> Path:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from softvq.pipeline import GenerationPipeline
 from tests.generators import CLASSES, make_generator
@@ -178,3 +180,29 @@ def test_a_tokenizer_may_be_named(program: Program) -> None:
         shutil.copy(f"sit/{name}", "apart")
     program.refuses("sample", "apart", "out", names=("the tokenizer of apart", "tokenizer"))
     assert program("sample", "apart", "out", "--n", "1", "--tokenizer", "sit/tokenizer").code == 0
+
+
+def test_what_an_earlier_call_made_is_not_taken_for_this_ones(program: Program) -> None:
+    assert program("sample", "sit", "out", "--n", "5").code == 0
+    Path("out/notes.txt").write_text("kept")
+    Path("out/photo.png").write_bytes(b"kept")
+    assert program("sample", "sit", "out", "--n", "2", "--overwrite").code == 0
+    assert len(pictures("out")) == 2
+    assert {"notes.txt", "photo.png"} <= {path.name for path in Path("out").iterdir()}
+
+
+def test_pictures_of_an_interrupted_call_say_how_they_were_made(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    painted: list[int] = []
+
+    def paint(self: GenerationPipeline, latents: Tensor) -> Tensor:
+        painted.append(len(latents))
+        if len(painted) > 1:
+            raise KeyboardInterrupt
+        return torch.zeros(len(latents), 3, SIZE, SIZE)
+
+    monkeypatch.setattr(GenerationPipeline, "paint", paint)
+    assert program("sample", "sit", "out", "--n", "4", "--batch-size", "2").code == 130
+    assert json.loads(Path("out/recipe.json").read_text())["n"] == 4
+    assert len(list(Path("out").glob("0*.png"))) == 2

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,13 @@ def sample(arguments: argparse.Namespace) -> None:
     names = _classes(arguments.classes, pipeline)
     labels = [names[place % len(names)] for place in range(arguments.n)]
     class_numbers(labels, generator)  # an unknown class is told before the networks are moved and compiled
+    fingerprint = generator.fingerprint()  # of the weights as they are stored, whatever they are computed in
     pipeline.to(choose_device(arguments.device), arguments.precision)
     if arguments.compile:
         pipeline.compile()
+    _clear(out)
+    # first, so that pictures of an interrupted run say how they were made
+    write_json(out / "recipe.json", {"generator": fingerprint, **_record(pipeline, recipe, arguments)})
     pictures = _make(pipeline, labels, recipe, arguments, out)
     shown = pictures[:GRID_IMAGES]
     columns = len(names) if 1 < len(names) <= 10 else max(1, round(math.sqrt(len(shown))))
@@ -56,8 +61,15 @@ def sample(arguments: argparse.Namespace) -> None:
         grid(images, columns, [_title(label, pipeline) for label in labels[: len(shown)]]).save(temporary)
     with replacing(out / "samples.npz") as temporary:
         np.savez(temporary, arr_0=pictures)
-    write_json(out / "recipe.json", _record(pipeline, recipe, arguments))
     results().print(f"{out}: {len(labels)} images, grid.png, samples.npz, recipe.json", soft_wrap=True)
+
+
+def _clear(out: Path) -> None:
+    """Remove the pictures of an earlier call, which would be taken for this one's; nothing else is touched."""
+    if (out / "recipe.json").is_file():
+        for path in [*out.glob("*.png"), out / "samples.npz"]:
+            if re.fullmatch(r"\d{6}-.+\.png|grid\.png|samples\.npz", path.name):
+                path.unlink(missing_ok=True)
 
 
 def _make(
@@ -137,7 +149,6 @@ def _file_name(title: str) -> str:
 def _record(pipeline: GenerationPipeline, recipe: SamplingRecipe, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": arguments.model,
-        "generator": pipeline.generator.fingerprint(),
         "tokenizer": pipeline.tokenizer.fingerprint(),
         "guide": arguments.guide,
         "classes": arguments.classes,

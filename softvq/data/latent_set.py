@@ -8,7 +8,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from softvq.data.latent_cache import LatentCache
-from softvq.data.order import _epoch_order
+from softvq.data.order import epoch_order
 from softvq.errors import InputError
 from softvq.randomness import keys_of, uniform
 
@@ -96,7 +96,7 @@ class LatentSet:
             yield self._batch(torch.arange(start, end, device=self.device), indices)
 
     def _order(self, epoch: int) -> Int64[Tensor, " size"]:
-        order = _epoch_order(epoch, len(self), self.seed)
+        order = epoch_order(epoch, len(self), self.seed)
         # from page-locked memory, else the copy would wait for all that the device has still to do
         return order.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else order
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from softvq.randomness import generator
 
-__all__ = ["index_at"]
+__all__ = ["epoch_order", "index_at"]
 
 
 def index_at(position: int, size: int, seed: int) -> int:
@@ -27,9 +27,19 @@ def index_at(position: int, size: int, seed: int) -> int:
     assert position >= 0, f"position is {position}"
     assert size >= 1, f"size is {size}"
     epoch, place = divmod(position, size)
-    return int(_epoch_order(epoch, size, seed)[place])
+    return int(epoch_order(epoch, size, seed)[place])
 
 
 @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
-def _epoch_order(epoch: int, size: int, seed: int) -> Int64[Tensor, " size"]:
+def epoch_order(epoch: int, size: int, seed: int) -> Int64[Tensor, " size"]:
+    """Return the order in which an epoch visits all indices; it is kept, so do not change it.
+
+    Args:
+        epoch: From 0.
+        size: Number of images.
+        seed: Of the run.
+
+    Returns:
+        A permutation of 0 to size - 1.
+    """
     return torch.randperm(size, generator=generator(seed, "order", epoch))

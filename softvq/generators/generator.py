@@ -1,8 +1,6 @@
 """A generator of latents: network and process, its loss, its samples, and its folder."""
 
 import dataclasses
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -176,11 +174,7 @@ class LatentGenerator(nn.Module):
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over the config and every weight."""
-        digest = hashlib.sha256(json.dumps(to_dict(self.config), sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
-        return digest.hexdigest()
+        return hub.fingerprint(to_dict(self.config), self.state_dict())
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write `config.json`, `model.safetensors` and a model card into `folder`.

@@ -1,8 +1,6 @@
 """The tokenizer: images to latents and back, with the statistics that normalise the latents on board."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -277,11 +275,7 @@ class ImageTokenizer(nn.Module):
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over the config and every weight; files made with a tokenizer carry it."""
-        digest = hashlib.sha256(json.dumps(to_dict(self.config), sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
-        return digest.hexdigest()
+        return hub.fingerprint(to_dict(self.config), self.state_dict())
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write `config.json`, `model.safetensors` and a model card into `folder`.
