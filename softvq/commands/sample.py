@@ -40,9 +40,7 @@ def sample(arguments: argparse.Namespace) -> None:
         raise InputError(f"--n is {arguments.n}, expected at most {MAX_IMAGES}")
     pipeline = GenerationPipeline.from_pretrained(arguments.model, tokenizer=arguments.tokenizer, guide=arguments.guide)
     generator = pipeline.generator
-    recipe = _recipe(_with_sampler(generator), arguments)
-    if arguments.guide is None:
-        recipe = resolved(recipe, generator.config)
+    recipe = generator.checked(_recipe(_with_sampler(generator), arguments), pipeline.guide)
     names = _classes(arguments.classes, pipeline)
     labels = [names[place % len(names)] for place in range(arguments.n)]
     class_numbers(labels, generator)  # an unknown class is told before the networks are moved and compiled

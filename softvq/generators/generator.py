@@ -147,7 +147,7 @@ class LatentGenerator(nn.Module):
         Raises:
             InputError: If the generator cannot be sampled so.
         """
-        recipe = self._checked(recipe, guide)
+        recipe = self.checked(recipe, guide)
         times = times_for(recipe.sampler, self.process, self._solver_steps(recipe), recipe.shift)
         sampler, guidance, temperature = SAMPLERS[recipe.sampler], recipe.guidance, recipe.temperature
         if isinstance(self.network, MAR):
@@ -171,6 +171,31 @@ class LatentGenerator(nn.Module):
             self._bound(condition), self.process, guidance, None if guide is None else guide._bound(condition)
         )
         return sampler(predict, temperature * normal(fold_in(keys, SOLVER), *shape), times, self.process, draw)
+
+    def checked(self, recipe: SamplingRecipe | None = None, guide: "LatentGenerator | None" = None) -> SamplingRecipe:
+        """Return a recipe as `sample` carries it out.
+
+        Args:
+            recipe: As for `sample`.
+            guide: As for `sample`.
+
+        Returns:
+            The recipe with nothing left to be chosen.
+
+        Raises:
+            InputError: If the generator cannot be sampled so.
+        """
+        recipe = recipe or self.sampling
+        if guide is None:
+            recipe = resolved(recipe, self.config)
+        else:  # which needs no null class
+            unguided = dataclasses.replace(recipe, guidance=Guidance())
+            recipe = dataclasses.replace(resolved(unguided, self.config), guidance=recipe.guidance)
+            own, other = ((m.num_tokens, m.latent_dim, m.process, m.network.kind) for m in (self.config, guide.config))
+            if own != other or isinstance(self.network, MAR):
+                raise InputError("the guide makes other latents, or is of another kind; give one like it, trained less")
+        check_sampler(recipe.sampler, self.process)
+        return recipe
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over the config and every weight."""
@@ -242,19 +267,6 @@ class LatentGenerator(nn.Module):
             return self.network(noisy, self.process.network_time(time), condition.repeat(copies), null)
 
         return network
-
-    def _checked(self, recipe: SamplingRecipe | None, guide: "LatentGenerator | None") -> SamplingRecipe:
-        recipe = recipe or self.sampling
-        if guide is None:
-            recipe = resolved(recipe, self.config)
-        else:  # which needs no null class
-            unguided = dataclasses.replace(recipe, guidance=Guidance())
-            recipe = dataclasses.replace(resolved(unguided, self.config), guidance=recipe.guidance)
-            own, other = ((m.num_tokens, m.latent_dim, m.process, m.network.kind) for m in (self.config, guide.config))
-            if own != other or isinstance(self.network, MAR):
-                raise InputError("the guide makes other latents, or is of another kind; give one like it, trained less")
-        check_sampler(recipe.sampler, self.process)
-        return recipe
 
     def _solver_steps(self, recipe: SamplingRecipe) -> int:
         return recipe.head_steps if isinstance(self.network, MAR) else recipe.steps
