@@ -5,10 +5,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softvq.errors import InputError
+from softvq.evaluation.moments import Moments
 
 __all__ = ["frechet_distance", "moments"]
 
-ROWS_AT_ONCE = 4096
 ROUNDING = 1e-6
 """Negative eigenvalues up to this fraction of the largest one are taken for rounding."""
 
@@ -28,21 +28,10 @@ def moments(
     Raises:
         InputError: If there are too few samples, or a feature is not finite.
     """
-    count, dim = features.shape
-    if count < 2:
-        raise InputError(f"features has {count} samples, expected at least 2 for a covariance")
-    if not bool(features.isfinite().all()):
-        raise InputError("features holds values that are not finite; look at the pictures or the network they are from")
-    parts = features.detach().split(ROWS_AT_ONCE)  # so that only some rows at once are there in float64
-    total = torch.zeros(dim, dtype=torch.float64, device=features.device)
-    for part in parts:
-        total += part.double().sum(0)
-    mean = total / count
-    covariance = torch.zeros(dim, dim, dtype=torch.float64, device=features.device)
-    for part in parts:
-        centred = part.double() - mean
-        covariance += centred.T @ centred
-    return mean, covariance / (count - 1)
+    found = Moments(features.shape[1], features.device)
+    found.add(features)
+    covariance = found.covariance
+    return found.mean, covariance
 
 
 def frechet_distance(
