@@ -1,7 +1,10 @@
 """From labels to images: a generator makes latents, its tokenizer paints them."""
 
 import contextlib
+import dataclasses
 import difflib
+import numbers
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +26,8 @@ from softvq.tokenizers.autoencoder import ImageTokenizer
 
 __all__ = ["GenerationPipeline", "class_numbers", "keys_of_images", "load_its_tokenizer"]
 
+MAX_DIGITS = 20
+
 
 class GenerationPipeline:
     """A generator with the tokenizer it was trained on.
@@ -43,6 +48,8 @@ class GenerationPipeline:
         self, generator: LatentGenerator, tokenizer: ImageTokenizer, guide: LatentGenerator | None = None
     ) -> None:
         check_tokenizer(generator, tokenizer)
+        if guide is not None:
+            generator.checked(guide=guide)
         self.generator, self.tokenizer, self.guide = generator.eval(), tokenizer.eval(), guide
         self.dtype = torch.float32
 
@@ -83,8 +90,11 @@ class GenerationPipeline:
             folder: Made if need be; files of these names are replaced.
 
         Raises:
+            InputError: If the weights were rounded by `to`.
             RunError: If the files cannot be written.
         """
+        if self.dtype == torch.bfloat16:
+            raise InputError("the weights were rounded to bf16 for this device; load the pipeline again, and save that")
         self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
         self.generator.tokenizer = TokenizerReference(name="tokenizer", fingerprint=self.tokenizer.fingerprint())
         self.generator.save_pretrained(folder)
@@ -100,13 +110,22 @@ class GenerationPipeline:
 
         Args:
             device: For example `cuda`.
-            precision: Of the networks; auto is bf16 on CUDA. Solvers and losses are float32 in any case.
+            precision: Of the networks; auto is bf16 on CUDA. Solvers are float32 in any case. The generator's weights
+                are rounded to bf16 for good, so that it can no longer be saved.
 
         Returns:
             The pipeline itself.
+
+        Raises:
+            InputError: If there is no such device, or the weights were rounded before.
         """
         device = torch.device(device)
-        self.dtype = compute_dtype(precision, device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"device is {device}, but there is no CUDA here; take cpu")
+        dtype = compute_dtype(precision, device)
+        if self.dtype == torch.bfloat16 and dtype != self.dtype:
+            raise InputError("the networks were rounded to bf16, which cannot be undone; load the pipeline again")
+        self.dtype = dtype
         for model in (self.generator, self.guide):
             if model is not None:
                 model.to(device, self.dtype)
@@ -131,8 +150,10 @@ class GenerationPipeline:
         self,
         labels: Sequence[int | str] | Shaped[Tensor, "batch *conditiondim"],
         *,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[int] | Tensor = 0,
         recipe: SamplingRecipe | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
         batch_size: int = 64,
         progress: Callable[[int], Any] | None = None,
     ) -> Float[Tensor, "batch 3 height width"]:
@@ -144,6 +165,8 @@ class GenerationPipeline:
             seed: One number, with which the image at each place is always the same; or one for each image. An image
                 depends on its label, its seed and place, and the recipe; not on the batch it is made in.
             recipe: How; by default the generator's own.
+            steps: Overrules those of the recipe.
+            guidance: Overrules the scale of the recipe's guidance.
             batch_size: Images made at once.
             progress: Called with the number of images made, after each batch.
 
@@ -156,7 +179,9 @@ class GenerationPipeline:
         """
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}, expected at least 1")
-        condition, keys = class_numbers(labels, self.generator), keys_of_images(seed, len(labels))
+        condition = class_numbers(labels, self.generator)
+        keys = keys_of_images(seed, len(condition))
+        recipe = _changed(recipe or self.generator.sampling, steps, guidance)
         images = []
         for start in range(0, len(condition), batch_size):
             part = slice(start, start + batch_size)
@@ -207,7 +232,7 @@ def load_its_tokenizer(
     if given is None and name is None:
         raise InputError(f"{folder}: does not say which tokenizer its latents are of; name it with tokenizer")
     if given is None and name is not None:
-        given = Path(folder) / name if (Path(folder) / name).is_dir() else name
+        given = Path(folder) / name if os.path.isdir(Path(folder) / name) else name  # which takes any length
     assert given is not None
     try:
         return ImageTokenizer.from_pretrained(given)
@@ -253,19 +278,21 @@ def class_numbers(
         InputError: If a class is unknown, or there is nothing to make.
     """
     config = generator.config
-    if not len(labels):
-        raise InputError("there are no labels; give one for each image")
+    if isinstance(labels, str) or not isinstance(labels, Sequence | Tensor) or not len(labels):
+        raise InputError(f"labels is {labels!r}, expected one label for each image, such as [0, 1]")
     if config.condition == "embedding":
         if not isinstance(labels, Tensor) or labels.shape[1:] != (config.condition_dim,):
             raise InputError(f"the generator is asked by embeddings: give a tensor [batch, {config.condition_dim}]")
         return labels.float()
     if config.condition == "none":
         return torch.zeros(len(labels), dtype=torch.int64)
+    if isinstance(labels, Tensor) and (labels.ndim != 1 or labels.is_floating_point()):
+        raise InputError(f"labels are {list(labels.shape)} of {labels.dtype}, expected whole numbers [batch]")
     given = labels.tolist() if isinstance(labels, Tensor) else labels
     return torch.tensor([_number(label, generator) for label in given])
 
 
-def keys_of_images(seed: int | Sequence[int], count: int) -> Int64[Tensor, " batch"]:
+def keys_of_images(seed: int | Sequence[int] | Tensor, count: int) -> Int64[Tensor, " batch"]:
     """Return the keys of images, from which all their noise is drawn.
 
     Args:
@@ -278,11 +305,22 @@ def keys_of_images(seed: int | Sequence[int], count: int) -> Int64[Tensor, " bat
     Raises:
         InputError: If the seeds are not as many as the images.
     """
-    if isinstance(seed, int):
-        return keys_of(seed, "image", torch.arange(count))
-    if len(seed) != count:
-        raise InputError(f"there are {len(seed)} seeds for {count} images; give one each, or a single number")
-    return torch.cat([keys_of(one, "image", torch.zeros(1, dtype=torch.int64)) for one in seed])
+    if isinstance(seed, numbers.Integral):
+        return keys_of(int(seed), "image", torch.arange(count))
+    seeds = seed.tolist() if isinstance(seed, Tensor) else seed
+    if not isinstance(seeds, Sequence) or not all(isinstance(one, numbers.Integral) for one in seeds):
+        raise InputError(f"seed is {seed!r}, expected a whole number, or one for each image")
+    if len(seeds) != count:
+        raise InputError(f"there are {len(seeds)} seeds for {count} images; give one each, or a single number")
+    return torch.cat([keys_of(int(one), "image", torch.zeros(1, dtype=torch.int64)) for one in seeds])
+
+
+def _changed(recipe: SamplingRecipe, steps: int | None, guidance: float | None) -> SamplingRecipe:
+    if steps is not None:
+        recipe = dataclasses.replace(recipe, steps=steps)
+    if guidance is not None:
+        recipe = dataclasses.replace(recipe, guidance=dataclasses.replace(recipe.guidance, scale=guidance))
+    return recipe
 
 
 def _compile(model: nn.Module) -> None:
@@ -302,7 +340,9 @@ def _number(label: int | str, generator: LatentGenerator) -> int:
         close = difflib.get_close_matches(label, classes, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"it knows {', '.join(classes[:10])}"
         raise InputError(f"{label!r} is no class of this generator; {hint}")
-    number = int(label)
+    if isinstance(label, bool) or not isinstance(label, str | numbers.Integral):
+        raise InputError(f"{label!r} is no class; give names or whole numbers")
+    number = int(label) if not isinstance(label, str) or len(label) < MAX_DIGITS else count
     if not 0 <= number < count:
-        raise InputError(f"class {number} is out of range, expected 0 to {count - 1}")
+        raise InputError(f"class {label} is out of range, expected 0 to {count - 1}")
     return number

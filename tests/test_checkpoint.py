@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from softvq.errors import InputError, RunError
+from softvq.locks import folder_lock
 from softvq.training import checkpoint
-from softvq.training.checkpoint import latest, load, prune, recover, run_lock, save, verify
+from softvq.training.checkpoint import latest, load, prune, recover, save, verify
 
 
 def tensors(step: int) -> dict[str, Tensor]:
@@ -235,17 +236,20 @@ def test_a_reader_never_sees_half_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_second_trainer_is_refused_with_the_first_ones_name(tmp_path: Path) -> None:
-    with run_lock(tmp_path / "run"):
+    with folder_lock(tmp_path / "run", "trained"):
         message = rf"run: is being trained by process {os.getpid()} on "
-        with pytest.raises(InputError, match=message), run_lock(tmp_path / "run"):
+        with pytest.raises(InputError, match=message), folder_lock(tmp_path / "run", "trained"):
             pass
-    with run_lock(tmp_path / "run"):
+    with folder_lock(tmp_path / "run", "trained"):
         pass
 
 
 def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file/run: cannot be used as a run folder"), run_lock(tmp_path / "file/run"):
+    with (
+        pytest.raises(InputError, match=r"file/run: cannot be used as a folder"),
+        folder_lock(tmp_path / "file/run", "trained"),
+    ):
         pass
 
 

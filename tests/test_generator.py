@@ -215,7 +215,7 @@ def test_autoguidance_with_itself_changes_nothing(kind: str) -> None:
 )
 def test_a_guide_of_something_else_is_refused(kind: str, other: Any) -> None:
     _, labels, keys = batch(2)
-    with pytest.raises(InputError, match="the guide makes other latents, or is of another kind"):
+    with pytest.raises(InputError, match="the guide makes other latents, has other classes, or is of another kind"):
         build(kind).sample(labels, keys, guide=other())
 
 

@@ -1,10 +1,15 @@
 """From labels to images in Python."""
 
+import dataclasses
 import json
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,10 +18,19 @@ import softvq
 from softvq import hub
 from softvq.errors import InputError, RunError
 from softvq.generators.generator import LatentGenerator, TokenizerReference
+from softvq.generators.guidance import Guidance
 from softvq.pipeline import GenerationPipeline, class_numbers, keys_of_images
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from tests.generators import CLASSES, KINDS, build, make_generator, quick
 from tests.program import SIZE, Program, make_model
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Leave the checks of types out, which users do not have either."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +81,7 @@ def test_classes_have_names_and_numbers(pipeline: GenerationPipeline) -> None:
         ([-1], "class -1 is out of range, expected 0 to 2"),
         (["3"], "class 3 is out of range, expected 0 to 2"),
         (torch.tensor([7]), "class 7 is out of range"),
-        ([], "there are no labels"),
+        ([], "expected one label for each image"),
         ([""], "'' is no class"),
     ],
 )
@@ -236,3 +250,62 @@ def test_a_generator_can_be_inspected(kind: str, tmp_path: Path, capsys: pytest.
     assert sum(report["parameters"].values()) == 2 * report["parameters"]["total"]
     assert report["sampling"]["sampler"] != "auto"
     assert CLASSES[0] in program("inspect", tmp_path).out
+
+
+@pytest.mark.parametrize(
+    ("labels", "seed", "message"),
+    [
+        ("bee", 0, "labels is 'bee', expected one label for each image"),
+        (0, 0, "labels is 0, expected one label"),
+        ([None], 0, "None is no class"),
+        ([0.5], 0, "0.5 is no class"),
+        ([True], 0, "True is no class"),
+        (["9" * 5000], 0, "is out of range"),
+        (torch.tensor([0.9]), 0, "expected whole numbers"),
+        (torch.tensor([[0]]), 0, "expected whole numbers"),
+        ([0], "a", "seed is 'a'"),
+        ([0], 1.5, "seed is 1.5"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_nonsense_is_refused(pipeline: GenerationPipeline, labels: Any, seed: Any, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        pipeline(labels, seed=seed)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_seeds_may_be_of_any_whole_kind(pipeline: GenerationPipeline) -> None:
+    expected = pipeline([0, 1], seed=[3, 4])
+    assert torch.equal(pipeline([0, 1], seed=torch.tensor([3, 4])), expected)
+    assert torch.equal(keys_of_images(np.int64(3), 2), keys_of_images(3, 2))
+
+
+def test_steps_and_guidance_overrule_the_recipe(pipeline: GenerationPipeline) -> None:
+    recipe = dataclasses.replace(pipeline.generator.sampling, steps=2, guidance=Guidance(scale=3.0))
+    assert torch.equal(pipeline([0, 1], steps=2, guidance=3.0), pipeline([0, 1], recipe=recipe))
+
+
+@pytest.mark.parametrize("condition", ["class", "embedding"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_works_and_is_for_good(kind: str, condition: str, tmp_path: Path) -> None:
+    make_generator(tmp_path, kind, condition=condition)
+    pipeline = GenerationPipeline.from_pretrained(tmp_path)
+    wanted = [0, 1] if condition == "class" else torch.randn(2, pipeline.generator.config.condition_dim)
+    exact = pipeline(wanted)
+    rounded = pipeline.to("cpu", "bf16")(wanted)
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).abs().mean() < 0.1
+    with pytest.raises(InputError, match="cannot be undone"):
+        pipeline.to("cpu", "fp32")
+    with pytest.raises(InputError, match="rounded to bf16"):
+        pipeline.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_guide_of_other_classes_is_refused_at_once(tmp_path: Path) -> None:
+    make_generator(tmp_path / "one")
+    other = LatentGenerator.from_pretrained(tmp_path / "one")
+    other.classes = tuple(reversed(other.classes))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="the guide makes other latents, has other classes"):
+        GenerationPipeline.from_pretrained(tmp_path / "one", guide=tmp_path / "other")

@@ -11,10 +11,11 @@ from rich.console import Console
 from softvq.config import from_dict, read_yaml, to_dict
 from softvq.errors import InputError, Interrupted, RunError
 from softvq.files import read_tensors, sha256
+from softvq.locks import folder_lock
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.tokenizers.presets import preset
 from softvq.training import run_folder, tokenizer_run
-from softvq.training.checkpoint import latest, run_lock
+from softvq.training.checkpoint import latest
 from softvq.training.tokenizer_recipe import TokenizerRunConfig, expand_preset, idle_settings
 from softvq.training.tokenizer_run import train_tokenizer
 from softvq.training.tracking import read_log
@@ -193,7 +194,7 @@ def test_a_checkpoint_of_other_software_is_used_with_a_warning(
 
 
 def test_a_run_that_goes_on_is_left_alone(tmp_path: Path, photographs: Path) -> None:
-    with run_lock(tmp_path / "run"), pytest.raises(InputError, match="is being trained by process"):
+    with folder_lock(tmp_path / "run", "trained"), pytest.raises(InputError, match="is being trained by process"):
         train_tokenizer(config(photographs), tmp_path / "run", resume=True)
 
 

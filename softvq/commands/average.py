@@ -36,8 +36,8 @@ def average(arguments: argparse.Namespace) -> None:
     check_output(out, arguments.overwrite)
     if arguments.length is None:
         step, averages = _kept(run, arguments.decay)
-        _save(run, kind, out, averages, f"{arguments.decay:g}")
-        results().print(f"{out}: the average of decay {arguments.decay:g} at step {step}", soft_wrap=True)
+        _save(run, kind, out, averages, str(arguments.decay))
+        results().print(f"{out}: the average of decay {arguments.decay} at step {step}", soft_wrap=True)
     else:
         _put_together(run, kind, out, arguments.length)
     if kind == "tokenizer":
@@ -51,10 +51,10 @@ def _kept(run: Path, decay: float) -> tuple[int, dict[str, Tensor]]:
     saved = latest(run)
     if saved is None:
         raise InputError(f"{run}: has no checkpoint, which its averages would be in; give the folder of a whole run")
-    prefix, (tensors, _) = f"averages.ema_{decay:g}.", load(saved)
+    prefix, (tensors, _) = f"averages.ema_{float(decay)}.", load(saved)
     found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     if not found:
-        raise InputError(f"{run}: keeps no average of decay {decay:g}; train with more_ema_decays, e.g. [{decay:g}]")
+        raise InputError(f"{run}: keeps no average of decay {decay}; train with more_ema_decays, e.g. [{decay}]")
     return saved.step, found
 
 

@@ -18,6 +18,7 @@ from softvq.data.latent_cache import cache_info
 from softvq.errors import InputError
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.training.generator_recipe import GeneratorRunConfig, expand_generator
+from softvq.training.generator_run import tokenizer_of
 from softvq.training.generator_run import train_generator as make_generator
 from softvq.training.rehearsal import Phase, rehearse, rehearse_generator
 from softvq.training.tokenizer_recipe import TokenizerRunConfig, expand_preset
@@ -44,6 +45,7 @@ def train_generator(arguments: argparse.Namespace) -> None:
     if not arguments.dry_run:
         _say_where(make_generator(config, _run_folder(arguments), resume=arguments.resume, console=messages()))
         return
+    tokenizer_of(config)
     console = results()
     console.print(to_yaml(config), soft_wrap=True)
     images = config.train.steps * config.train.batch_size

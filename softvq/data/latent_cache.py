@@ -39,6 +39,8 @@ HEADER = "cache.json"
 FORMAT = "softvq-latent-cache"
 FORMAT_VERSION = 1
 MAX_HEADER_BYTES = 1 << 26
+MAX_PHOTOGRAPHS = 1 << 32
+MAX_SHARDS = 100_000
 ENTRY = "softvq-latent-shard"
 """The only entry of a shard's header: several would be written in random order, and no two files be the same."""
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -114,8 +116,12 @@ class CacheHeader:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be, such as a shard outside the folder."""
-        if self.photographs < 1 or self.image_size < 1:
+        if not 1 <= self.photographs <= MAX_PHOTOGRAPHS or self.image_size < 1:
             raise InputError(f"photographs are {self.photographs} of side {self.image_size}, expected 1 or more")
+        if -(-self.photographs // self.plan.shard_size) > MAX_SHARDS:
+            raise InputError(f"shard_size is {self.plan.shard_size}, which makes more than {MAX_SHARDS} shards")
+        if any(shard.count < 0 for shard in self.shards):
+            raise InputError("a shard holds fewer than no images")
         names = [shard.file for shard in self.shards]
         if not set(names) <= set(self.files) or (self.complete and names != self.files):
             raise InputError("shards are not those that the photographs fill")
@@ -240,6 +246,7 @@ def read_cache(folder: Path | str, fingerprint: str | None = None, verify: bool 
     if not header.complete:
         done = f"{len(header.shards)} of {len(header.files)} shards are there"
         raise InputError(f"{folder}: is not finished ({done}); {AGAIN} to go on")
+    _check_sizes(folder, header)
     latents = torch.empty(header.images, header.views, plan.tokens, plan.dim, dtype=DTYPES[plan.dtype])
     labels = torch.empty(header.images, dtype=torch.int64)
     names: list[str] = []
@@ -327,6 +334,15 @@ def read_shard(path: Path, header: CacheHeader, index: int) -> ShardContent:
     if not finite.all():
         raise damaged(path, f"holds latents of {names[int(finite.int().argmin())]!r} that are not all finite numbers")
     return ShardContent(latents=latents, labels=labels, names=names, skipped=skipped)
+
+
+def _check_sizes(folder: Path, header: CacheHeader) -> None:
+    """See that the shards are as large as the header says, before memory is asked for."""
+    each = header.views * header.plan.tokens * header.plan.dim * DTYPES[header.plan.dtype].itemsize
+    for shard in header.shards:
+        path = folder / shard.file
+        if path.is_file() and path.stat().st_size < shard.count * each:
+            raise damaged(path, f"is not a whole safetensors file, too small for its {shard.count} images")
 
 
 def damaged(path: Path, problem: str) -> InputError:

@@ -1,5 +1,6 @@
 """Making a latent cache: photographs are encoded shard by shard; whoever was interrupted goes on after the last one."""
 
+import contextlib
 import dataclasses
 import re
 import signal
@@ -29,6 +30,7 @@ from softvq.data.latent_cache import (
 )
 from softvq.errors import InputError, RunError
 from softvq.files import sha256, write_json
+from softvq.locks import LOCK, folder_lock
 
 __all__ = ["MAX_BAD_FRACTION", "write_cache"]
 
@@ -78,7 +80,28 @@ def write_cache(
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, expected 1 or more")
     out = Path(out)
-    header = _begin(out, folder, plan)
+    with _lock(out):
+        header = _begin(out, folder, plan)
+        return _write(out, folder, header, encode, batch_size, num_workers, watch, tell)
+
+
+def _lock(out: Path) -> contextlib.AbstractContextManager[None]:
+    """Lock the folder of a cache, but put nothing into one that will be refused."""
+    ours = not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} & {HEADER, LOCK})
+    fresh = out.is_dir() and not any(out.iterdir())
+    return folder_lock(out, "written", leave=False) if ours or fresh else contextlib.nullcontext()
+
+
+def _write(
+    out: Path,
+    folder: PhotoFolder,
+    header: CacheHeader,
+    encode: Callable[[Tensor], Tensor],
+    batch_size: int,
+    num_workers: int,
+    watch: Callable[[Sequence[Any]], Iterable[Any]],
+    tell: Callable[[str], object],
+) -> tuple[CacheHeader, int]:
     files = header.files
     done = {i: _checked(out / file, header, i, folder) for i, file in enumerate(files) if (out / file).exists()}
     bad = [name for shard in done.values() for name in shard.skipped]
@@ -168,7 +191,7 @@ def _begin(out: Path, folder: PhotoFolder, plan: CachePlan) -> CacheHeader:
     begun = HEADER in entries
     header = _same(out, cache_info(out), new) if begun else new
     leftovers = {name for name in entries if (LEFTOVER if begun else LEFTOVER_HEADER).fullmatch(name)}
-    foreign = sorted(entries - leftovers - ({HEADER, *header.files} if begun else set()))
+    foreign = sorted(entries - leftovers - {LOCK} - ({HEADER, *header.files} if begun else set()))
     if foreign:
         raise InputError(f"{out}: holds {foreign[0]}, which is no part of this latent cache; give another folder")
     for name in leftovers:

@@ -67,6 +67,19 @@ def fit_probe(
     Raises:
         InputError: If labels are out of range, features are not finite, or a setting is out of its range.
     """
+    with torch.inference_mode(False):  # also for features that were made in it
+        return _fitted(features.clone(), labels.clone(), num_classes, l2, max_iterations, tolerance, dtype)
+
+
+def _fitted(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    l2: float,
+    max_iterations: int,
+    tolerance: float,
+    dtype: torch.dtype,
+) -> Probe:
     _check(features, labels, num_classes, l2, max_iterations)
     features, labels = features.detach().to(dtype), labels.to(features.device)
     mean, scale = features.mean(0), features.std(0, correction=0)

@@ -49,4 +49,4 @@ class Condition(nn.Module):
         nothing = self.null.expand(len(condition), -1)
         if self.kind == "none":
             return nothing
-        return torch.where(null[:, None], nothing, self.projection(condition))
+        return torch.where(null[:, None], nothing, self.projection(condition.to(self.projection.weight.dtype)))

@@ -26,6 +26,8 @@ from softvq.randomness import fold_in, normal, uniform
 __all__ = ["LatentGenerator", "TokenizerReference"]
 
 HIDE, NOISE, TIME, SOLVER = 1, 2, 3, 16
+ALIKE = ("num_tokens", "latent_dim", "process", "condition", "num_classes", "condition_dim")
+"""Fields in which a guide is like what it guides."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +64,8 @@ class LatentGenerator(nn.Module):
         super().__init__()
         if classes and len(classes) != config.num_classes:
             raise InputError(f"there are {len(classes)} class names, expected num_classes ({config.num_classes})")
+        if len(set(classes)) < len(classes):
+            raise InputError("two classes have the same name; every class needs its own")
         self.config, self.classes = config, tuple(classes)
         self.tokenizer = tokenizer or TokenizerReference()
         self.sampling = sampling or SamplingRecipe()
@@ -191,9 +195,14 @@ class LatentGenerator(nn.Module):
         else:  # which needs no null class
             unguided = dataclasses.replace(recipe, guidance=Guidance())
             recipe = dataclasses.replace(resolved(unguided, self.config), guidance=recipe.guidance)
-            own, other = ((m.num_tokens, m.latent_dim, m.process, m.network.kind) for m in (self.config, guide.config))
-            if own != other or isinstance(self.network, MAR):
-                raise InputError("the guide makes other latents, or is of another kind; give one like it, trained less")
+            own, other = (self.config, guide.config)
+            same = all(getattr(own, name) == getattr(other, name) for name in ALIKE) and self.classes == guide.classes
+            prints = {self.tokenizer.fingerprint, guide.tokenizer.fingerprint} - {None}
+            if not same or len(prints) > 1 or isinstance(self.network, MAR) or isinstance(guide.network, MAR):
+                raise InputError(
+                    "the guide makes other latents, has other classes, or is of another kind; give one like the "
+                    "generator, trained less"
+                )
         check_sampler(recipe.sampler, self.process)
         return recipe
 

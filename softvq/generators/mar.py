@@ -14,6 +14,7 @@ from softvq.errors import InputError
 from softvq.generators.conditioning import Condition
 from softvq.generators.heads import DenoisingHead
 from softvq.generators.process import Process
+from softvq.generators.transformer import MAX_DEPTH, MAX_WIDTH
 from softvq.randomness import fold_in, normal, seed_of, uniform
 
 __all__ = ["MAR", "MARConfig", "masked_counts", "random_orders", "select"]
@@ -52,18 +53,21 @@ class MARConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that no network has."""
-        sizes = ("width", "encoder_depth", "decoder_depth", "num_heads", "head_width", "head_depth")
-        for name in (*sizes, "condition_tokens", "head_repeats"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        depths = ("encoder_depth", "decoder_depth", "head_depth", "condition_tokens", "head_repeats")
+        for name, most in (
+            *((name, MAX_WIDTH) for name in ("width", "num_heads", "head_width")),
+            *((name, MAX_DEPTH) for name in depths),
+        ):
+            if not 1 <= getattr(self, name) <= most:
+                raise InputError(f"{name} is {getattr(self, name)}, expected 1 to {most}")
         if self.width % self.num_heads:
             raise InputError(f"num_heads is {self.num_heads}, expected a divisor of width ({self.width})")
         if not 0 < self.mlp_ratio <= 16:
             raise InputError(f"mlp_ratio is {self.mlp_ratio}, expected above 0 and at most 16")
         if not 0 <= self.min_mask_ratio <= 1:
             raise InputError(f"min_mask_ratio is {self.min_mask_ratio}, expected 0 to 1")
-        if not 0 < self.mask_std < math.inf:
-            raise InputError(f"mask_std is {self.mask_std}, expected a positive number")
+        if not 0 < self.mask_std <= 10:
+            raise InputError(f"mask_std is {self.mask_std}, expected above 0 and at most 10")
 
 
 class MAR(nn.Module):

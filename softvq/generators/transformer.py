@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 MAX_PERIOD = 10_000
+MAX_WIDTH, MAX_DEPTH = 1 << 16, 1 << 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,9 +50,9 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that no transformer has."""
-        for name, value in (("width", self.width), ("depth", self.depth), ("num_heads", self.num_heads)):
-            if value < 1:
-                raise InputError(f"{name} is {value}, expected at least 1")
+        for name, most in (("width", MAX_WIDTH), ("depth", MAX_DEPTH), ("num_heads", MAX_WIDTH)):
+            if not 1 <= getattr(self, name) <= most:
+                raise InputError(f"{name} is {getattr(self, name)}, expected 1 to {most}")
         if self.width % self.num_heads:
             raise InputError(f"num_heads is {self.num_heads}, expected a divisor of width ({self.width})")
         if self.width % 4:

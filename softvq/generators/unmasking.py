@@ -21,7 +21,7 @@ ORDER, NOISE = range(2)
 def unmasking_counts(num_tokens: int, steps: int) -> tuple[int, ...]:
     """Return how many tokens are still hidden after each step: few are shown at first, many at last.
 
-        floor(num_tokens cos(pi/2 (i + 1) / steps))          arXiv:2202.04200, section 3.2
+        floor(num_tokens cos(pi/2 (i + 1) / steps))          the cosine of arXiv:2202.04200, rounded down
 
     changed where needed so that every step shows at least one token.
 

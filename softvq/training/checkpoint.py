@@ -11,13 +11,10 @@ It is written under a temporary name and appears by one rename, so a crash at an
 
 import contextlib
 import dataclasses
-import fcntl
-import functools
 import os
 import re
 import shutil
-import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,7 @@ from softvq.config import read_json
 from softvq.errors import InputError, RunError
 from softvq.files import fsync_folder, read_tensors, sha256, write_json, write_tensors
 
-__all__ = ["Checkpoint", "latest", "load", "prune", "recover", "run_lock", "save", "verify"]
+__all__ = ["Checkpoint", "latest", "load", "prune", "recover", "save", "verify"]
 
 FORMAT = 1
 STATE_FILES = ("state.safetensors", "state.json")
@@ -181,54 +178,6 @@ def prune(run: Path, keep: int) -> None:
         victim = folder.with_name(f"{folder.name}.tmp-pruned-{os.getpid()}")
         os.rename(folder, victim)
         shutil.rmtree(victim)
-
-
-@contextlib.contextmanager
-def run_lock(run: Path) -> Iterator[None]:
-    """Be the only trainer of a run folder; the lock ends with the process, however that ends.
-
-    Args:
-        run: The folder, made if need be.
-
-    Raises:
-        InputError: If another process holds it, or the folder cannot be written.
-    """
-    path = run / ".lock"
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise InputError(f"{run}: cannot be used as a run folder ({error.strerror}); choose another") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.truncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    except OSError as error:
-        holder = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
-        os.close(handle)
-        raise InputError(
-            f"{run}: is being trained by {holder}; wait for it, stop it, or choose another folder"
-        ) from error
-    _close_locks_in_children()
-    _held.add(handle)
-    try:
-        yield
-    finally:
-        _held.discard(handle)
-        os.close(handle)
-
-
-_held: set[int] = set()
-
-
-@functools.cache
-def _close_locks_in_children() -> None:
-    # a data worker that outlives a killed trainer by seconds would otherwise keep the lock
-    def close() -> None:
-        while _held:
-            os.close(_held.pop())
-
-    os.register_at_fork(after_in_child=close)
 
 
 def _folders(run: Path) -> list[tuple[int, Path]]:

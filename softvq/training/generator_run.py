@@ -16,7 +16,7 @@ from rich.console import Console
 
 from softvq.data.folder import PhotoFolder, batches
 from softvq.data.images import to_image
-from softvq.data.latent_cache import read_cache
+from softvq.data.latent_cache import cache_info, read_cache
 from softvq.data.latent_set import LatentSet
 from softvq.errors import InputError
 from softvq.files import replacing
@@ -32,7 +32,7 @@ from softvq.training.generator_task import GeneratorTask
 from softvq.training.tracking import run_status
 from softvq.training.trainer import Trainer
 
-__all__ = ["build_generator", "train_generator"]
+__all__ = ["build_generator", "tokenizer_of", "train_generator"]
 
 SAMPLED = 16
 SAMPLING = ("sampler", "steps", "head_steps", "shift", "temperature", "ema")
@@ -98,6 +98,30 @@ def build_generator(config: GeneratorRunConfig, **options: Any) -> LatentGenerat
     return LatentGenerator(config.model, sampling=dataclasses.replace(config.sampling, ema=average), **options)
 
 
+def tokenizer_of(config: GeneratorRunConfig) -> tuple[str, ImageTokenizer]:
+    """Load the tokenizer of a recipe.
+
+    Args:
+        config: With a cache, or with a tokenizer of its own.
+
+    Returns:
+        What the tokenizer is called, and the tokenizer.
+
+    Raises:
+        InputError: If it cannot be found, or is not the one that made the cache.
+    """
+    if config.latents is None:
+        if config.tokenizer is None:
+            raise InputError("tokenizer is not set, which encodes the photographs of data.path")
+        return config.tokenizer, ImageTokenizer.from_pretrained(config.tokenizer)
+    plan = cache_info(config.latents).plan
+    name = config.tokenizer or plan.tokenizer
+    tokenizer = ImageTokenizer.from_pretrained(name)
+    if tokenizer.fingerprint() != plan.fingerprint:
+        raise InputError(f"{name}: is not the tokenizer that made the latents; give that one, or cache again")
+    return name, tokenizer
+
+
 def _train(config: GeneratorRunConfig, run: Path, resume: bool, console: Console) -> Path:
     device = distributed.choose_device(config.train.device)
     source = _source(config, device)
@@ -124,8 +148,7 @@ def _source(config: GeneratorRunConfig, device: torch.device) -> _Source:
     size, seed = config.train.batch_size, config.seed
     if config.latents is not None:
         cache = read_cache(config.latents)
-        name = config.tokenizer or cache.tokenizer
-        tokenizer = _tokenizer(name, cache.fingerprint)
+        name, tokenizer = tokenizer_of(config)
         images = LatentSet(cache, device, seed, flip=config.flip)
         data = {"images": len(cache.labels), "fingerprint": cache.digest}
 
@@ -134,9 +157,8 @@ def _source(config: GeneratorRunConfig, device: torch.device) -> _Source:
 
         classes, labels = cache.classes, cache.labels.tolist()
     else:
-        if config.tokenizer is None or config.data.path is None:
-            raise InputError("tokenizer is not set, which encodes the photographs of data.path")
-        name, tokenizer = config.tokenizer, _tokenizer(config.tokenizer, None)
+        name, tokenizer = tokenizer_of(config)
+        assert config.data.path is not None
         folder = PhotoFolder(config.data.path, tokenizer.config.image_size, config.data, seed)
         data = {"images": len(folder), "fingerprint": folder.fingerprint}
 
@@ -146,15 +168,6 @@ def _source(config: GeneratorRunConfig, device: torch.device) -> _Source:
         classes, labels = tuple(folder.classes), folder.labels
     _check_classes(config, classes, labels)
     return _Source(tokenizer=tokenizer, name=name, classes=classes, data=data, stream=stream)
-
-
-def _tokenizer(name: str, fingerprint: str | None) -> ImageTokenizer:
-    tokenizer = ImageTokenizer.from_pretrained(name)
-    if fingerprint is not None and tokenizer.fingerprint() != fingerprint:
-        raise InputError(
-            f"{name}: is not the tokenizer that made the latents; give that one as tokenizer, or cache again"
-        )
-    return tokenizer
 
 
 def _check_classes(config: GeneratorRunConfig, classes: tuple[str, ...], labels: list[int]) -> None:

@@ -21,9 +21,10 @@ import softvq
 from softvq.config import flat, from_dict, read_json, read_yaml, to_dict, to_yaml
 from softvq.errors import InputError
 from softvq.files import write_json, write_text
+from softvq.locks import folder_lock
 from softvq.ranks import is_main
 from softvq.training import distributed
-from softvq.training.checkpoint import Checkpoint, run_lock
+from softvq.training.checkpoint import Checkpoint
 from softvq.training.trainer import Trainer
 
 __all__ = ["FREE_FIELDS", "carry_out", "claim", "info", "register", "restore", "say"]
@@ -58,7 +59,7 @@ def carry_out(
     try:
         if not is_main():
             return train(Console(quiet=True))
-        with run_lock(run):
+        with folder_lock(run, "trained"):
             return train(console or Console(quiet=True))
     finally:
         distributed.leave()

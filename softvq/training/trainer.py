@@ -283,7 +283,7 @@ class Trainer:
         try:
             with self.averaged(), self.autocast():
                 log.write(self.step, {"samples": self.sample(self.step)})
-        except RunError as error:
+        except (InputError, RunError) as error:
             self.warn(str(error))
 
     def _note_skipped(self, batch: Any, log: RunLog | None) -> None:
