@@ -136,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_cache(commands)
     _add_train(commands)
     _add_sample(commands)
+    _add_evaluate(commands)
     _add_model(commands)
     _add_others(commands)
     return parser
@@ -246,6 +247,43 @@ def _add_sample(commands: Commands) -> None:
     )
     sample.add_argument("--compile", action="store_true", help="compile the networks: a slow start, then faster")
     sample.add_argument("--overwrite", action="store_true", help="write although something is there already")
+
+
+def _add_evaluate(commands: Commands) -> None:
+    evaluate = commands.add_parser("evaluate", help="measure a model", description="Measure a model.")
+    kinds = evaluate.add_subparsers(title="figures", metavar="WHAT", required=True, dest="kind")
+    probe = _add(kinds, "probe", "evaluate:probe", "see how well classes can be told from latents or features")
+    _measured(probe, "folders train and val of photographs, each with a subfolder for every class")
+    probe.add_argument("--val", metavar="DIR", help="what to judge by; DATA is then what to learn from")
+    probe.add_argument(
+        "--on",
+        default="latents-pooled",
+        metavar="FEATURES",
+        help="latents-pooled, latents, encoder, or generator:LAYER (default: latents-pooled)",
+    )
+    probe.add_argument("--generator", metavar="DIR", help="a generator on this tokenizer's latents")
+    probe.add_argument("--time", type=float, default=0.2, help="noise a generator sees, 0 to 1 (default: 0.2)")
+    probe.add_argument("--knn", type=_positive, default=20, metavar="K", help="neighbours that vote (default: 20)")
+    probe.add_argument("--out", metavar="DIR", help="write probe.json into this folder")
+    latents = _add(kinds, "latents", "evaluate:latents", "report what latents look like: a page and report.json")
+    _measured(latents, "a folder of photographs; its subfolders are the classes")
+    latents.add_argument(
+        "--features", nargs="+", metavar="NAME", help="a vision encoder to compare with: a timm model, its weights"
+    )
+    latents.add_argument(
+        "--out", default="latent-report", metavar="DIR", help="the folder to write to (default: latent-report)"
+    )
+
+
+def _measured(command: argparse.ArgumentParser, data: str) -> None:
+    _model(command)
+    command.add_argument("data", metavar="DATA", help=data)
+    command.add_argument(
+        "--images", type=_positive, default=2048, metavar="N", help="at most so many, spread evenly (default: 2048)"
+    )
+    command.add_argument("--size", type=_positive, metavar="N", help="centre-crop to N x N (default: the model's)")
+    command.add_argument("--overwrite", action="store_true", help="write although something is at --out already")
+    _machine(command)
 
 
 def _add_model(commands: Commands) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from softvq.evaluation.metrics import compression_ratio, mean_colour_psnr, psnr, ssim
 from softvq.evaluation.pictures import Pictures, as_images, as_tensor
 
-__all__ = ["Reconstruction", "measure", "reconstruction_page"]
+__all__ = ["STYLE", "Reconstruction", "data_uri", "escaped", "measure", "reconstruction_page"]
 
 MAX_SIDE_PX = 1024  # larger pictures are shrunk, the page would grow by megabytes
 LOSSLESS_PIXELS = 512 * 512  # up to here PNG, above it JPEG
@@ -107,9 +107,10 @@ def reconstruction_page(title: str, items: Sequence[Reconstruction], facts: Mapp
         The text of the file; names, captions and facts are escaped, so they may come from strangers.
     """
     assert items, "no photographs"
-    rows = "\n".join(f'<tr><th scope="row">{_text(k)}</th><td>{_text(v)}</td></tr>' for k, v in facts.items())
+    rows = "\n".join(f'<tr><th scope="row">{escaped(k)}</th><td>{escaped(v)}</td></tr>' for k, v in facts.items())
     return PAGE.substitute(
-        title=_text(title),
+        style=STYLE,
+        title=escaped(title),
         summary="\n".join(_tile(label, value, note) for label, value, note in _summary(items)),
         cards="\n".join(_card(item) for item in items),
         facts=f"<h2>How this page was made</h2>\n<table>\n{rows}\n</table>" if rows else "",
@@ -133,7 +134,7 @@ def _summary(items: Sequence[Reconstruction]) -> list[tuple[str, str, str]]:
 
 
 def _tile(label: str, value: str, note: str) -> str:
-    return f"<div><dt>{_text(label)}</dt><dd>{_text(value)}<small>{_text(note)}</small></dd></div>"
+    return f"<div><dt>{escaped(label)}</dt><dd>{escaped(value)}<small>{escaped(note)}</small></dd></div>"
 
 
 def _card(item: Reconstruction) -> str:
@@ -144,14 +145,14 @@ def _card(item: Reconstruction) -> str:
         ("tokens", f"{item.num_latent_tokens} × {item.latent_dim}"),
         ("compression", f"{item.compression_ratio:.1f} : 1"),
     ]
-    credit = f'<p class="credit">{_text(item.credit)}</p>' if item.credit else ""
+    credit = f'<p class="credit">{escaped(item.credit)}</p>' if item.credit else ""
     return f"""<article>
-<h2>{_text(item.name)}</h2>
+<h2>{escaped(item.name)}</h2>
 <div class="pair">
 {_figure(item.original, "Original", f"{item.name}, the original photograph")}
 {_figure(item.reconstruction, "Reconstruction", f"{item.name}, reconstructed from {item.num_latent_tokens} tokens")}
 </div>
-<dl class="figures">{"".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in figures)}</dl>
+<dl class="figures">{"".join(f"<div><dt>{escaped(k)}</dt><dd>{escaped(v)}</dd></div>" for k, v in figures)}</dl>
 {credit}</article>"""
 
 
@@ -159,12 +160,13 @@ def _figure(picture: Image.Image, caption: str, alternative: str) -> str:
     width, height = picture.size
     look = ' class="pixels"' if width < PIXELATED_BELOW_PX else ""
     return (
-        f'<figure><img{look} src="{_data_uri(picture)}" width="{width}" height="{height}" alt="{_text(alternative)}">'
+        f'<figure><img{look} src="{data_uri(picture)}" width="{width}" height="{height}" alt="{escaped(alternative)}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 
 
-def _data_uri(picture: Image.Image) -> str:
+def data_uri(picture: Image.Image) -> str:
+    """Return a picture as the address of an image that needs no file."""
     picture = picture.convert("RGB")
     picture.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), Image.Resampling.LANCZOS)
     lossless = picture.width * picture.height <= LOSSLESS_PIXELS
@@ -176,7 +178,8 @@ def _data_uri(picture: Image.Image) -> str:
     return f"data:image/{'png' if lossless else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _text(text: str) -> str:
+def escaped(text: str) -> str:
+    """Return text that is nothing but text on a page, whoever wrote it."""
     # A file name may hold bytes that are no text; they must not make the page impossible to write.
     return html.escape(text.encode("utf-8", "replace").decode())
 
@@ -189,14 +192,7 @@ def _range(values: Sequence[int] | Sequence[float]) -> str:
     return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
 
 
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>$title</title>
-<style>
+STYLE = """
 :root {
   color-scheme: light dark;
   --page: #f6f6f4; --card: #ffffff; --line: #e2e2de; --ink: #1b1b1d; --faint: #5f5f66; --accent: #0a5f73;
@@ -238,7 +234,17 @@ th { width: min(12rem, 30%); color: var(--faint); font-weight: 500; }
 td { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; white-space: pre-wrap;
   overflow-wrap: anywhere; }
 @media print { article { break-inside: avoid; } }
-</style>
+"""
+"""The style sheet of all pages."""
+
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>$title</title>
+<style>$style</style>
 </head>
 <body>
 <header>

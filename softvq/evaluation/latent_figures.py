@@ -1,0 +1,288 @@
+"""The figures of a report about latents, drawn with Pillow, and the page they stand on."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from string import Template
+
+import torch
+from jaxtyping import Float, Int64
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from softvq.evaluation.page import STYLE, data_uri, escaped
+from softvq.evaluation.pictures import grid
+
+__all__ = ["Section", "bar_chart", "heat_map", "latent_page", "line_chart", "photo_map", "strips"]
+
+PAPER, INK, FAINT, LINE = "#ffffff", "#1c1c1e", "#6e6e73", "#e2e2de"
+COLOURS = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f4f24", "#5f5f66", "#8338ec", "#9ac926",
+    "#c1121f", "#006d77",
+)  # fmt: skip
+WIDTH, HEIGHT = 880, 380
+LEFT, RIGHT, TOP, BOTTOM = 76, 20, 34, 44
+TICKS = 5
+FONT_PX = 13
+MAP_PX, THUMBNAIL_PX, MOST_THUMBNAILS = 960, 44, 240
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """One part of the page."""
+
+    title: str
+    """Heading."""
+    text: str
+    """What is shown and how to read it."""
+    picture: Image.Image
+    """Its figure."""
+    caption: str
+    """Below the figure, and what screen readers say of it."""
+    rows: Sequence[tuple[str, str]] = ()
+    """A table of numbers beside their names."""
+
+
+def latent_page(
+    title: str, lead: str, summary: Sequence[tuple[str, str]], sections: Sequence[Section], facts: Mapping[str, str]
+) -> str:
+    """Return one self-contained HTML page: no script, and nothing is fetched from anywhere.
+
+    Args:
+        title: Heading of the page.
+        lead: One sentence below it.
+        summary: The most telling numbers, each after its name.
+        sections: In order of appearance.
+        facts: What a reader needs to get the same page again.
+
+    Returns:
+        The text of the file; all text is escaped, so it may come from strangers.
+    """
+    tiles = "\n".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>" for name, value in summary)
+    return LATENT_PAGE.substitute(
+        title=escaped(title),
+        lead=escaped(lead),
+        style=STYLE,
+        summary=tiles,
+        sections="\n".join(map(_section, sections)),
+        facts=_table(list(facts.items())),
+    )
+
+
+def line_chart(
+    series: Mapping[str, Sequence[tuple[float, float]]], *, across: str, up: str, points: bool = False
+) -> Image.Image:
+    """Draw lines.
+
+    Args:
+        series: Points of each line from left to right, by the line's name; all finite.
+        across: What the horizontal axis counts.
+        up: What the vertical axis counts.
+        points: Mark each of the points.
+
+    Returns:
+        An RGB image on white.
+    """
+    xs = [x for line in series.values() for x, _ in line]
+    ys = [y for line in series.values() for _, y in line]
+    plot = _Plot((min(xs), max(xs)), (min(ys), max(ys)), across, up)
+    for number, line in enumerate(series.values()):
+        colour = COLOURS[number % len(COLOURS)]
+        places = [plot.at(x, y) for x, y in line]
+        plot.draw.line(places, fill=colour, width=3, joint="curve")
+        for x, y in places if points or len(places) == 1 else []:
+            plot.draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+    plot.legend(list(series))
+    return plot.image
+
+
+def bar_chart(
+    names: Sequence[str], values: Sequence[float], ends: Sequence[tuple[float, float]], *, across: str, up: str
+) -> Image.Image:
+    """Draw a bar for each value, from 0, with a thin line between two ends.
+
+    Args:
+        names: Below the bars, if there is room for them; numbers where this is empty.
+        values: Heights.
+        ends: Lower and upper end of each thin line, such as an interval.
+        across: What the bars are.
+        up: What their height is.
+
+    Returns:
+        An RGB image on white.
+    """
+    lows, highs = [low for low, _ in ends], [high for _, high in ends]
+    plot = _Plot(
+        (-0.5, len(values) - 0.5), (min(0.0, *lows, *values), max(0.0, *highs, *values)), across, up, not names
+    )
+    for number, (value, (low, high)) in enumerate(zip(values, ends, strict=True)):
+        place = float(number)
+        (left, top), (right, bottom) = plot.at(place - 0.35, max(value, 0.0)), plot.at(place + 0.35, min(value, 0.0))
+        plot.draw.rectangle((left, top, max(right, left + 1), bottom), fill=COLOURS[0])
+        plot.draw.line([plot.at(place, low), plot.at(place, high)], fill=INK, width=2)
+        if names:
+            plot.draw.text((plot.at(place, 0.0)[0], HEIGHT - BOTTOM + 5), names[number], FAINT, _font(), anchor="ma")
+    return plot.image
+
+
+def heat_map(matrix: Float[Tensor, "row column"]) -> Image.Image:
+    """Draw a matrix of values in [-1, 1]: blue below 0, white at 0, red above."""
+    values = matrix.double().clamp(-1, 1)
+    low, high = torch.tensor([0.0, 114, 178]), torch.tensor([193.0, 18, 31])
+    ends = torch.where(values[..., None] < 0, low, high).double()
+    pixels = (255 + values.abs()[..., None] * (ends - 255)).round().to(torch.uint8)
+    side = max(1, 640 // max(matrix.shape))
+    picture = Image.fromarray(pixels.numpy())
+    return picture.resize((picture.width * side, picture.height * side), Image.Resampling.NEAREST)
+
+
+def strips(images: Float[Tensor, "row column 3 height width"], captions: Sequence[str]) -> Image.Image:
+    """Lay images out in rows, with the same captions below each row.
+
+    Args:
+        images: In [-1, 1].
+        captions: One for each column.
+
+    Returns:
+        An RGB image on white.
+    """
+    flat = images.flatten(0, 1).float()
+    small = 128 / max(flat.shape[2:])
+    if small < 1:
+        size = [max(1, round(side * small)) for side in flat.shape[2:]]
+        flat = torch.nn.functional.interpolate(flat, size=size, mode="bilinear", antialias=True)
+    elif small >= 2:
+        flat = flat.repeat_interleave(int(small), 2).repeat_interleave(int(small), 3)
+    return grid(flat, images.shape[1], list(captions) * len(images))
+
+
+def photo_map(
+    places: Float[Tensor, "image 2"], pictures: Sequence[Image.Image], labels: Int64[Tensor, " image"]
+) -> Image.Image:
+    """Place photographs where they are in two dimensions: some as small pictures, the others as dots below them.
+
+    Args:
+        places: Coordinates.
+        pictures: One for each.
+        labels: Classes, which frames and dots are coloured by; -1 for none.
+
+    Returns:
+        An RGB image on white, with the second coordinate growing upwards.
+    """
+    low, high = places.double().amin(0), places.double().amax(0)
+    unit = (places.double() - low) / torch.where(high > low, high - low, 1.0)
+    unit[:, 1] = 1 - unit[:, 1]
+    spots = (unit * (MAP_PX - THUMBNAIL_PX - 8) + THUMBNAIL_PX / 2 + 4).round().long().tolist()
+    colours = [COLOURS[label % len(COLOURS)] if label >= 0 else FAINT for label in labels.tolist()]
+    image = Image.new("RGB", (MAP_PX, MAP_PX), PAPER)
+    draw = ImageDraw.Draw(image)
+    for (x, y), colour in zip(spots, colours, strict=True):
+        draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+    step = -(-len(spots) // MOST_THUMBNAILS)
+    for number in range(0, len(spots), step):
+        small = pictures[number].convert("RGB").resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX)
+        left, top = (side - THUMBNAIL_PX // 2 for side in spots[number])
+        box = (left - 3, top - 3, left + THUMBNAIL_PX + 2, top + THUMBNAIL_PX + 2)
+        draw.rectangle(box, fill=colours[number])
+        image.paste(small, (left, top))
+    return image
+
+
+class _Plot:
+    """Axes with ticks, and where on them a point is."""
+
+    def __init__(
+        self, across: tuple[float, float], up: tuple[float, float], across_name: str, up_name: str, ticks: bool = True
+    ) -> None:
+        self.image = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
+        self.draw = ImageDraw.Draw(self.image)
+        self.across, self.up = _widened(across, 0.0), _widened(up, 0.04)
+        for y in _ticks(self.up):
+            _, height = self.at(self.across[0], y)
+            self.draw.line([(LEFT, height), (WIDTH - RIGHT, height)], fill=LINE)
+            self.draw.text((LEFT - 8, height), f"{y:.6g}", FAINT, _font(), anchor="rm")
+        for x in _ticks(self.across) if ticks else []:
+            self.draw.text((self.at(x, self.up[0])[0], HEIGHT - BOTTOM + 5), f"{x:.6g}", FAINT, _font(), anchor="ma")
+        self.draw.text((LEFT, 8), up_name, INK, _font())
+        self.draw.text((WIDTH - RIGHT, HEIGHT - 4), across_name, INK, _font(), anchor="rd")
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Return pixels from the left and from the top."""
+        right = (x - self.across[0]) / (self.across[1] - self.across[0])
+        above = (y - self.up[0]) / (self.up[1] - self.up[0])
+        return LEFT + right * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - above * (HEIGHT - TOP - BOTTOM)
+
+    def legend(self, names: Sequence[str]) -> None:
+        """Name the lines, from right to left."""
+        right: float = WIDTH - RIGHT
+        for number, name in reversed(list(enumerate(names))):
+            self.draw.text((right, 8), name, INK, _font(), anchor="ra")
+            right -= _font().getlength(name) + 16
+            self.draw.rectangle((right, 12, right + 10, 18), fill=COLOURS[number % len(COLOURS)])
+            right -= 16
+
+
+def _ticks(ends: tuple[float, float]) -> list[float]:
+    """Return round numbers between two ends, about as many as TICKS."""
+    rough = (ends[1] - ends[0]) / TICKS
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = size * next(factor for factor in (1, 2, 5, 10) if factor * size >= rough * (1 - 1e-9))
+    return [step * i for i in range(math.ceil(ends[0] / step - 1e-9), math.floor(ends[1] / step + 1e-9) + 1)]
+
+
+def _widened(ends: tuple[float, float], share: float) -> tuple[float, float]:
+    low, high = ends
+    if not high > low:
+        return low - 0.5, low + 0.5
+    return low - share * (high - low), high + share * (high - low)
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(FONT_PX)
+
+
+def _section(section: Section) -> str:
+    width, height = section.picture.size
+    return f"""<section>
+<h2>{escaped(section.title)}</h2>
+<p class="lead">{escaped(section.text)}</p>
+<figure><img src="{data_uri(section.picture)}" width="{width}" height="{height}" alt="{escaped(section.caption)}">
+<figcaption>{escaped(section.caption)}</figcaption></figure>
+{_table(section.rows)}
+</section>"""
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    lines = "\n".join(f'<tr><th scope="row">{escaped(name)}</th><td>{escaped(value)}</td></tr>' for name, value in rows)
+    return f"<table>\n{lines}\n</table>" if rows else ""
+
+
+LATENT_PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>$title</title>
+<style>$style
+section .lead { margin-bottom: 1rem; }
+section img { width: auto; max-width: 100%; }
+section table { margin-top: 1rem; }
+</style>
+</head>
+<body>
+<header>
+<h1>$title</h1>
+<p class="lead">$lead</p>
+</header>
+<main>
+<dl class="summary">
+$summary
+</dl>
+$sections
+<h2>How this page was made</h2>
+$facts
+</main>
+</body>
+</html>
+""")
