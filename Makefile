@@ -2,6 +2,7 @@
 
 python3 ?= python3
 JOBS    ?= 2
+BENCHMARKS := tokenizer_vs_timm quantizers generation_speed
 bin     := .venv/bin
 stamp   := .venv/.installed
 
@@ -11,7 +12,7 @@ help:
 	@echo "make demo      install, train a tiny tokenizer on bundled photographs, write a page of reconstructions"
 	@echo "make test      install, lint, run the tests (JOBS=0 in one process instead of two)"
 	@echo "make lint      ruff, pyrefly, pydoclint, import-linter, codespell, deptry"
-	@echo "make bench     run every benchmark in benchmarks/"
+	@echo "make bench     run the benchmarks that need no photographs of yours"
 	@echo "make install   make .venv and install softvq with everything that training and testing need"
 	@echo "make clean     remove caches and .venv; runs/ stays"
 
@@ -41,7 +42,7 @@ demo: install
 	@$(bin)/softvq demo
 
 bench: install
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(bin)/python $$file; done
+	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(bin)/python benchmarks/$$name.py; done
 
 clean:
 	rm -rf .venv .hypothesis .import_linter_cache .pytest_cache .ruff_cache build dist

@@ -15,6 +15,7 @@ from torch import Tensor
 from softvq.data.folder import PhotoFolder
 from softvq.data.latent_cache import cache_info, read_cache
 from softvq.errors import InputError, RunError
+from softvq.locks import folder_lock
 from tests.caches import NAMES, PLAN, encode, failing_after, make, one_sentence, open_folder
 from tests.program import contents, make_photos
 
@@ -235,3 +236,28 @@ def test_a_damaged_header(
         with pytest.raises(InputError) as error:
             read(tmp_path)
         one_sentence(error, tmp_path, *names)
+
+
+def test_a_header_that_promises_more_than_there_is_takes_no_memory(tmp_path: Path, photos: PhotoFolder) -> None:
+    make(tmp_path, photos)
+    path = tmp_path / "cache.json"
+    header = json.loads(path.read_text())
+    header["plan"] |= {"tokens": 65536, "dim": 65536}
+    path.write_text(json.dumps(header))
+    with pytest.raises(InputError, match="too small for its 6 images"):
+        read_cache(tmp_path, verify=False)
+    header["photographs"] = 10**30
+    path.write_text(json.dumps(header))
+    with pytest.raises(InputError, match="photographs are 1000000"):
+        read_cache(tmp_path)
+    header["photographs"], header["plan"]["shard_size"] = 10**8, 1
+    path.write_text(json.dumps(header))
+    with pytest.raises(InputError, match="more than 100000 shards"):
+        read_cache(tmp_path)
+
+
+def test_two_processes_do_not_write_one_cache(tmp_path: Path, photos: PhotoFolder) -> None:
+    with folder_lock(tmp_path / "out", "written"), pytest.raises(InputError, match="is being written by process"):
+        make(tmp_path / "out", photos)
+    make(tmp_path / "out", photos)
+    assert not (tmp_path / "out" / ".lock").exists()

@@ -228,7 +228,7 @@ def test_gradients_reach_every_parameter(kind: str, positions: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"depth": 0}, "depth is 0, expected at least 1"),
+        ({"depth": 0}, "depth is 0, expected 1 to 1024"),
         ({"num_heads": 3}, r"num_heads is 3, expected a divisor of width \(16\)"),
         ({"width": 18, "num_heads": 2}, "width is 18, expected a multiple of 4"),
         ({"mlp_ratio": 0.0}, "mlp_ratio is 0.0"),

@@ -41,6 +41,7 @@ FORMAT_VERSION = 1
 MAX_HEADER_BYTES = 1 << 26
 MAX_PHOTOGRAPHS = 1 << 32
 MAX_SHARDS = 100_000
+SPARE_BYTES = 1 << 20
 ENTRY = "softvq-latent-shard"
 """The only entry of a shard's header: several would be written in random order, and no two files be the same."""
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -337,11 +338,11 @@ def read_shard(path: Path, header: CacheHeader, index: int) -> ShardContent:
 
 
 def _check_sizes(folder: Path, header: CacheHeader) -> None:
-    """See that the shards are as large as the header says, before memory is asked for."""
+    """See that the shards are about as large as the header says, before memory is asked for; `read_shard` is exact."""
     each = header.views * header.plan.tokens * header.plan.dim * DTYPES[header.plan.dtype].itemsize
     for shard in header.shards:
         path = folder / shard.file
-        if path.is_file() and path.stat().st_size < shard.count * each:
+        if path.is_file() and 2 * path.stat().st_size + SPARE_BYTES < shard.count * each:
             raise damaged(path, f"is not a whole safetensors file, too small for its {shard.count} images")
 
 
