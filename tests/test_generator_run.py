@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from softvq.training.generator_run import build_generator, train_generator
 from softvq.training.tracking import read_log
 from tests.generators import CLASSES, KINDS, STEPS, make_cache, quick, run_config
 from tests.program import SIZE, contents, make_photos
+from tests.ranks import free_ports, run_as_ranks
 
 LEFT = {"config.yaml", "run.json", "log.jsonl", "status.json", "checkpoints", "generator", ".lock"}
 STATE = f"checkpoints/step-{STEPS:08d}/state.safetensors"
@@ -154,26 +154,11 @@ def train_as_rank(root: str, folder: str, ports: list[int]) -> None:
 
 
 def test_two_processes_learn_what_one_does(root: Path, whole: dict[str, Path], tmp_path: Path) -> None:
-    places = [socket.create_server(("127.0.0.1", 0)) for _ in KINDS]
-    ports = [place.getsockname()[1] for place in places]
-    for place in places:
-        place.close()
+    ports = free_ports(len(KINDS))
     for kind in KINDS:
         (tmp_path / kind).mkdir()
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     code = f"from tests import test_generator_run as t; t.train_as_rank({str(root)!r}, {str(tmp_path)!r}, {ports})"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=Path(__file__).parents[1],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors.decode()
+    run_as_ranks(code, ports[0])
     for kind in KINDS:
         two, one = read_log(tmp_path / kind / "log.jsonl"), read_log(whole[kind] / "log.jsonl")
         assert len(two) == len(one) == STEPS

@@ -310,7 +310,10 @@ def test_what_does_not_apply_is_left_out() -> None:
 
 def test_latents_of_one_number_have_a_report_too() -> None:
     data = gathered(random(12, 1, 1))
-    painter = lambda z: z.reshape(-1, 1, 1, 1).expand(-1, 3, 8, 8) / 9  # noqa: E731
+
+    def painter(z: Tensor) -> Tensor:
+        return z.reshape(-1, 1, 1, 1).expand(-1, 3, 8, 8) / 9
+
     found, _ = latent_study(tokenizer(), data, [Image.new("RGB", (16, 16))] * 12, None, painter)
     assert found["spectrum"]["images"]["effective_rank"] == pytest.approx(1)
 

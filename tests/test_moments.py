@@ -1,9 +1,4 @@
 import itertools
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +12,7 @@ from softvq.errors import InputError
 from softvq.evaluation.frechet import moments
 from softvq.evaluation.moments import Moments
 from softvq.training import distributed
+from tests.ranks import free_ports, run_as_ranks
 
 
 def cloud(count, dim=5, offset=0.0, seed=0, dtype=torch.float32):
@@ -148,23 +144,8 @@ def add_as_rank(folder):
 
 
 def test_two_processes_together_have_the_moments_of_all(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     code = f"from tests import test_moments as t; t.add_as_rank({str(tmp_path)!r})"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=Path(__file__).parents[1],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
+    run_as_ranks(code, *free_ports(1))
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["counts"].tolist() == [101, 101, 0]

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from softvq import cli
+from softvq.generators import sampling
+from softvq.generators.recipe import SamplerName
 from softvq.pipeline import GenerationPipeline
 from tests.generators import CLASSES, make_generator
 from tests.program import SIZE, Program, contents, make_model
@@ -206,3 +210,8 @@ def test_pictures_of_an_interrupted_call_say_how_they_were_made(
     assert program("sample", "sit", "out", "--n", "4", "--batch-size", "2").code == 130
     assert json.loads(Path("out/recipe.json").read_text())["n"] == 4
     assert len(list(Path("out").glob("0*.png"))) == 2
+
+
+def test_the_command_knows_every_sampler() -> None:
+    assert set(cli.SAMPLERS) == set(sampling.SAMPLERS)
+    assert {"auto", *cli.SAMPLERS} == set(get_args(SamplerName))

@@ -1,10 +1,6 @@
 """Two processes with half of every batch learn what one learns with the whole: every quantizer, every loss."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +10,7 @@ from softvq import ranks
 from softvq.training import distributed
 from softvq.training.tracking import read_log
 from tests import family
+from tests.ranks import free_ports, run_as_ranks
 
 CASES = {name: (quantizer, False) for name, quantizer in family.QUANTIZERS.items()}
 FLAGGED = ("softvq", "kl", "gumbel", "residual-product")
@@ -42,23 +39,8 @@ def train_as_rank(folder: str) -> None:
 def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train every case in two processes, one case after the other."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     code = f"from tests import test_two_processes as t; t.train_as_rank({str(folder)!r})"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=Path(__file__).parents[1],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors.decode()
+    run_as_ranks(code, *free_ports(1))
     return folder
 
 

@@ -32,10 +32,9 @@ def jump(predict, latents, times, process, draw) -> Tensor:
 
 
 def draw(model: MAR, condition: Tensor, keys: Tensor, **options) -> Tensor:
-    head_steps = options.pop("head_steps", 3)
-    times = model.process.grid(head_steps)
+    times = model.process.grid(options.pop("head_steps", 3))
     options = {"steps": 4, "sampler": jump, "guidance": Guidance(scale=2.0, schedule="linear"), **options}
-    return sample(model, condition, keys, head_steps=head_steps, times=times, **options)
+    return sample(model, condition, keys, times=times, **options)
 
 
 def count_rows(model: MAR) -> tuple[list[int], list[int]]:
@@ -214,12 +213,3 @@ def test_sampling_refuses(options: dict[str, float], message: str) -> None:
     model, (_, condition, _, keys) = model_of(), batch_of(1)
     with pytest.raises(InputError, match=message):
         draw(model, condition, keys, **options)
-
-
-def test_sampling_refuses_times_of_other_steps() -> None:
-    model, (_, condition, _, keys) = model_of(), batch_of(1)
-    with pytest.raises(InputError, match=r"^head_steps is 3, expected 4, one fewer than the times$"):
-        sample(
-            model, condition, keys, steps=2, head_steps=3, sampler=jump, times=model.process.grid(4),
-            guidance=Guidance(),
-        )  # fmt: skip

@@ -5,7 +5,6 @@ other are named after it, because their values mean something else.
 """
 
 import dataclasses
-import hashlib
 import importlib
 import io
 import pickle
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from softvq.backbones import FrozenBackbone, load_backbone
 from softvq.errors import InputError
 from softvq.files import read_tensors, sha256
+from softvq.hub import fingerprint
 
 __all__ = ["Extractor", "extractor"]
 
@@ -170,7 +170,7 @@ def _pooled(
         name=f"{label} with random weights" if is_random else label,
         dim=backbone.channels[-1],
         num_classes=None,
-        sha256=_hash_of(backbone.network),
+        sha256=fingerprint({}, backbone.network.state_dict()),
         image_size=image_size,
         resize=f"bilinear, antialiased, to {image_size}x{image_size} px",
         is_fid_inception=False,
@@ -250,12 +250,3 @@ def _load(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     if broken:
         raise InputError(f"{path}: {', '.join(broken[:3])} hold numbers that are not finite")
     nn.Module.load_state_dict(network, state, strict=False)
-
-
-def _hash_of(network: nn.Module) -> str:
-    """Hash the tensors, so that the same weights have the same name wherever they came from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -97,7 +97,7 @@ class LatentGenerator(nn.Module):
         """
         null = self._hidden(keys)
         if isinstance(self.network, MAR):
-            return self.network.losses(latents, condition, null, keys)[0]
+            return self.network.losses(latents, condition, null, keys)
         time = self.process.draw_times(fold_in(keys, TIME))
         return self._losses_at(latents, condition, null, keys, time)
 
@@ -155,12 +155,11 @@ class LatentGenerator(nn.Module):
         times = times_for(recipe.sampler, self.process, self._solver_steps(recipe), recipe.shift)
         sampler, guidance, temperature = SAMPLERS[recipe.sampler], recipe.guidance, recipe.temperature
         if isinstance(self.network, MAR):
-            steps = {"steps": recipe.steps, "head_steps": recipe.head_steps}
             return unmasking.sample(
                 self.network,
                 condition,
                 keys,
-                **steps,
+                steps=recipe.steps,
                 sampler=sampler,
                 times=times,
                 guidance=guidance,

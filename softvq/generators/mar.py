@@ -147,7 +147,7 @@ class MAR(nn.Module):
         condition: Shaped[Tensor, "batch *conditiondim"],
         null: Bool[Tensor, " batch"],
         keys: Int64[Tensor, " batch"],
-    ) -> tuple[dict[str, Float[Tensor, " batch"]], dict[str, Float[Tensor, ""]]]:
+    ) -> dict[str, Float[Tensor, " batch"]]:
         """Hide tokens, and return how well the head finds them again: means over hidden tokens, times and noises.
 
         Args:
@@ -157,7 +157,7 @@ class MAR(nn.Module):
             keys: Of the samples; order, number of hidden tokens, times and noises follow from a sample's key alone.
 
         Returns:
-            Losses of each sample, whose sum is to be minimised, and for the report: the share of hidden tokens.
+            Losses of each sample, whose sum is to be minimised.
         """
         repeats, length = self.config.head_repeats, self.num_tokens
         clean, keys = clean.float(), fold_in(keys, TRAINING)
@@ -176,11 +176,10 @@ class MAR(nn.Module):
         noisy = self.process.noisy(tokens, noise, time)
         output = self.head(noisy, self.process.network_time(time), z[:, None].expand(-1, repeats, -1, -1).flatten(0, 2))
         shares = hidden / masked[:, None]
-        losses = {
+        return {
             name: (loss.unflatten(0, (-1, repeats, length)).mean(1) * shares).sum(1)
             for name, loss in self.process.losses(output, tokens, noise, time).items()
         }
-        return losses, {"masked": masked.float().mean() / length}
 
     def _encode(self, front: Tensor, orders: Tensor, vector: Tensor, visible: Tensor | None) -> Tensor:
         """Return the condition's tokens and those in front, encoded; hidden ones are seen by none."""

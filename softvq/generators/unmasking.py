@@ -53,7 +53,6 @@ def sample(
     keys: Int64[Tensor, " batch"],
     *,
     steps: int,
-    head_steps: int,
     sampler: Sampler,
     times: Sequence[float],
     guidance: Guidance,
@@ -69,7 +68,6 @@ def sample(
         condition: See `Condition`.
         keys: Of the images; an image depends on its key and its condition, never on its batch.
         steps: In which tokens appear, at most as many as there are tokens.
-        head_steps: In which the head denoises each token.
         sampler: Of the head: one of `softvq.generators.sampling`.
         times: At which the head denoises, one more than its steps, from `model.process.grid`.
         guidance: How far to move away from what is drawn without the condition.
@@ -83,8 +81,6 @@ def sample(
         InputError: If there are more steps than tokens, times and steps of the head differ, or temperature is negative.
     """
     counts = unmasking_counts(model.num_tokens, steps)
-    if len(times) != head_steps + 1:
-        raise InputError(f"head_steps is {head_steps}, expected {len(times) - 1}, one fewer than the times")
     if not 0 <= temperature < math.inf:
         raise InputError(f"temperature is {temperature}, expected at least 0")
     orders = random_orders(fold_in(keys, ORDER), model.num_tokens)

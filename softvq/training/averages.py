@@ -226,7 +226,7 @@ class Averages:
         copy_named(self.state()["averages"], parts["averages"], "average")
 
     def save_snapshot(self, run: Path, step: int) -> None:
-        """Keep the power-function averages, if there are any, as `averages/step-XXXXXXXX.safetensors` of a run.
+        """Keep the power-function averages, if there are any, as `averages/step-00000100.safetensors` of a run, say.
 
         Args:
             run: Folder of the run, whose lock the caller holds.
