@@ -9,11 +9,12 @@ from torch import Tensor
 
 from softvq.errors import InputError
 from softvq.evaluation import latent_report as report
-from softvq.evaluation.latent_figures import Section, bar_chart, heat_map, latent_page, line_chart, photo_map, strips
+from softvq.evaluation.charts import bar_chart, heat_map, line_chart, photo_map, strips
 from softvq.evaluation.latent_report import Gathered
 from softvq.evaluation.latent_sections import latent_study, summary_of
 from softvq.evaluation.mixture import choose_mixture, fit_mixture
 from softvq.evaluation.probing import keys_of_names
+from softvq.evaluation.report import Section, report_page
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from tests.program import DIM, MODEL, SIZE, TOKENS
 from tests.test_page import Page, decoded
@@ -278,7 +279,7 @@ def study(count: int = 24, classes: int = 2) -> tuple[dict, list[Section]]:
 def test_the_page_has_a_figure_a_section_and_fetches_nothing() -> None:
     found, sections = study()
     hostile = "\"'><script>alert(1)</script>&amp;$title"
-    source = latent_page(hostile, hostile, summary_of(found), sections, {hostile: hostile})
+    source = report_page(hostile, hostile, summary_of(found), sections, {hostile: hostile})
     page = Page(source)
     titles = ["Channels", "Correlation of channels", "Spectrum", "Modes", "Classes", "Noise", "Between photographs"]
     assert [section.title for section in sections] == [*titles, "Neighbours", "Map", "Codewords"]

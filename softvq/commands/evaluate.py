@@ -28,7 +28,6 @@ from softvq.data.folder import DataConfig, PhotoFolder
 from softvq.data.images import to_image
 from softvq.errors import InputError, RunError
 from softvq.evaluation.features import pooled_features
-from softvq.evaluation.latent_figures import latent_page
 from softvq.evaluation.latent_report import Gathered, has_codewords
 from softvq.evaluation.latent_sections import FEWEST_PHOTOS, latent_study, summary_of
 from softvq.evaluation.probing import (
@@ -41,6 +40,7 @@ from softvq.evaluation.probing import (
     probe_classes,
     tokenizer_features,
 )
+from softvq.evaluation.report import report_page
 from softvq.files import write_json, write_text
 from softvq.generators.generator import LatentGenerator
 from softvq.generators.mar import MAR
@@ -131,7 +131,7 @@ def latents(arguments: argparse.Namespace) -> None:
     }
     tokens, dim = data.latents.shape[1:]
     lead = f"{len(data.names)} photographs as {tokens} tokens of {dim} numbers, before any generator learns them."
-    write_text(out / "report.html", latent_page("Latents", lead, summary, sections, facts))
+    write_text(out / "report.html", report_page("Latents", lead, summary, sections, facts))
     table = Table("figure", "value")
     for name, value in summary:
         table.add_row(name, value)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from softvq.errors import InputError
 from softvq.evaluation import latent_report as figures_of
-from softvq.evaluation.latent_figures import Section, bar_chart, heat_map, line_chart, photo_map, strips
+from softvq.evaluation.charts import bar_chart, heat_map, line_chart, photo_map, strips
 from softvq.evaluation.latent_report import Decode, Gathered
 from softvq.evaluation.pictures import grid
 from softvq.evaluation.probing import evenly
+from softvq.evaluation.report import Section
 from softvq.tokenizers.autoencoder import ImageTokenizer
 
 __all__ = ["FEWEST_PHOTOS", "latent_study", "summary_of"]

@@ -1,19 +1,16 @@
-"""The figures of a report about latents, drawn with Pillow, and the page they stand on."""
+"""Charts for reports, drawn with Pillow."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from string import Template
 
 import torch
 from jaxtyping import Float, Int64
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from softvq.evaluation.page import STYLE, data_uri, escaped
 from softvq.evaluation.pictures import grid
 
-__all__ = ["Section", "bar_chart", "heat_map", "latent_page", "line_chart", "photo_map", "strips"]
+__all__ = ["bar_chart", "heat_map", "line_chart", "photo_map", "strips"]
 
 PAPER, INK, FAINT, LINE = "#ffffff", "#1c1c1e", "#6e6e73", "#e2e2de"
 COLOURS = (
@@ -25,48 +22,6 @@ LEFT, RIGHT, TOP, BOTTOM = 76, 20, 34, 44
 TICKS = 5
 FONT_PX = 13
 MAP_PX, THUMBNAIL_PX, MOST_THUMBNAILS = 960, 44, 240
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Section:
-    """One part of the page."""
-
-    title: str
-    """Heading."""
-    text: str
-    """What is shown and how to read it."""
-    picture: Image.Image
-    """Its figure."""
-    caption: str
-    """Below the figure, and what screen readers say of it."""
-    rows: Sequence[tuple[str, str]] = ()
-    """A table of numbers beside their names."""
-
-
-def latent_page(
-    title: str, lead: str, summary: Sequence[tuple[str, str]], sections: Sequence[Section], facts: Mapping[str, str]
-) -> str:
-    """Return one self-contained HTML page: no script, and nothing is fetched from anywhere.
-
-    Args:
-        title: Heading of the page.
-        lead: One sentence below it.
-        summary: The most telling numbers, each after its name.
-        sections: In order of appearance.
-        facts: What a reader needs to get the same page again.
-
-    Returns:
-        The text of the file; all text is escaped, so it may come from strangers.
-    """
-    tiles = "\n".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>" for name, value in summary)
-    return LATENT_PAGE.substitute(
-        title=escaped(title),
-        lead=escaped(lead),
-        style=STYLE,
-        summary=tiles,
-        sections="\n".join(map(_section, sections)),
-        facts=_table(list(facts.items())),
-    )
 
 
 def line_chart(
@@ -239,50 +194,3 @@ def _widened(ends: tuple[float, float], share: float) -> tuple[float, float]:
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(FONT_PX)
-
-
-def _section(section: Section) -> str:
-    width, height = section.picture.size
-    return f"""<section>
-<h2>{escaped(section.title)}</h2>
-<p class="lead">{escaped(section.text)}</p>
-<figure><img src="{data_uri(section.picture)}" width="{width}" height="{height}" alt="{escaped(section.caption)}">
-<figcaption>{escaped(section.caption)}</figcaption></figure>
-{_table(section.rows)}
-</section>"""
-
-
-def _table(rows: Sequence[tuple[str, str]]) -> str:
-    lines = "\n".join(f'<tr><th scope="row">{escaped(name)}</th><td>{escaped(value)}</td></tr>' for name, value in rows)
-    return f"<table>\n{lines}\n</table>" if rows else ""
-
-
-LATENT_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>$title</title>
-<style>$style
-section .lead { margin-bottom: 1rem; }
-section img { width: auto; max-width: 100%; }
-section table { margin-top: 1rem; }
-</style>
-</head>
-<body>
-<header>
-<h1>$title</h1>
-<p class="lead">$lead</p>
-</header>
-<main>
-<dl class="summary">
-$summary
-</dl>
-$sections
-<h2>How this page was made</h2>
-$facts
-</main>
-</body>
-</html>
-""")
