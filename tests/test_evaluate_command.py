@@ -54,7 +54,7 @@ def program(made: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monk
 def test_colours_are_told_from_latents(program: Program) -> None:
     result = program(*PROBE, "--out", "out", "--batch-size", "5")
     assert (result.code, result.err) == (0, "")
-    assert "out: probe.json" in result.out
+    assert "out: probe.html, probe.json" in result.out
     assert "latents-pooled, 24 training photographs" in result.out
     report = json.loads(Path("out/probe.json").read_text())
     assert report["linear"]["accuracy"] == report["knn"]["accuracy"] == 1
@@ -71,6 +71,38 @@ def test_colours_are_told_from_latents(program: Program) -> None:
     assert program(*PROBE, "--out", "again", "--batch-size", "39").code == 0
     again = json.loads(Path("again/probe.json").read_text())
     assert {**again, "gradient": 0} == {**report, "gradient": 0}
+
+
+def test_the_probe_has_a_page(program: Program) -> None:
+    assert program(*PROBE, "--out", "out").code == 0
+    page = Page(Path("out/probe.html").read_text())
+    assert len(page.pictures) == 3  # bars, confusion, sweep
+    words = page.words()
+    for expected in ("linear probe", "3 nearest neighbours", "5 of 15", "100.0 %", "33.3 %", "chosen", "Machine"):
+        assert expected in words
+    assert ImageTokenizer.from_pretrained("model").fingerprint() in words
+    program.refuses(*PROBE, "--out", "out", names=("out", "--overwrite"))
+
+
+def test_several_models_stand_side_by_side(program: Program) -> None:
+    make_model(Path("other"), seed=1)
+    alone = [(*PROBE[:2], model, *PROBE[3:], "--out", f"out-{model}") for model in ("model", "other")]
+    assert [program(*command).code for command in alone] == [0, 0]
+    result = program(*PROBE[:3], "other", *PROBE[3:], "--out", "both")
+    assert (result.code, result.err) == (0, "")
+    assert "model: latents-pooled, 24 training photographs" in result.out
+    reports = json.loads(Path("both/probe.json").read_text())
+    assert reports == [json.loads(Path(f"out-{model}/probe.json").read_text()) for model in ("model", "other")]
+    page = Page(Path("both/probe.html").read_text())
+    assert len(page.pictures) == 5  # two bar charts, a confusion for each, one sweep
+    for report, name in zip(reports, ("1: model", "2: other"), strict=True):
+        assert name in page.words()
+        assert report["tokenizer"] in page.words()
+    program.refuses(*PROBE[:3], "model", *PROBE[3:], names=("MODEL model is there twice",))
+    program.refuses(*PROBE[:3], "nowhere", *PROBE[3:], "--out", "none", names=("nowhere",))
+    generator = ("--on", "generator:0", "--generator", "sit")
+    program.refuses(*PROBE[:3], "other", *PROBE[3:], *generator, names=("--generator", "2 MODELs"))
+    assert not Path("none").exists()
 
 
 def test_a_second_folder_judges_and_fewer_images_are_spread(program: Program) -> None:

@@ -1,3 +1,5 @@
+import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -28,6 +30,8 @@ class SmallInception(nn.Module):
         super().__init__()
         assert features_list == ["2048", "logits_unbiased"]
         self.convolution = nn.Conv2d(3, 6, 5)
+        self.Mixed_6d = nn.Module()
+        self.Mixed_6d.branch1x1 = nn.Sequential(nn.AdaptiveAvgPool2d(17), nn.Conv2d(6, 9, 1), nn.ReLU())
         self.norm = nn.BatchNorm2d(6)
         self.fc = nn.Linear(6, 4)
         self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=False))
@@ -36,7 +40,9 @@ class SmallInception(nn.Module):
 
     def forward(self, pixels):
         assert pixels.dtype == torch.uint8
-        features = self.norm(self.convolution(pixels.float() / 128 - 1)).relu().mean((2, 3))
+        maps = self.norm(self.convolution(pixels.float() / 128 - 1)).relu()
+        self.Mixed_6d.branch1x1(maps)
+        features = maps.mean((2, 3))
         return features, features @ self.fc.weight.T
 
 
@@ -60,8 +66,8 @@ def inception(request, monkeypatch):
     return importlib.import_module(PACKAGE).FeatureExtractorInceptionV3
 
 
-@pytest.fixture
-def state(inception):
+@functools.cache
+def random_state(inception):
     """Random weights of that class, with norms that do something."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -72,6 +78,11 @@ def state(inception):
             elif name.endswith(("bn.bias", "norm.bias")):  # so that something passes every ReLU
                 tensor.uniform_(0.1, 0.5)
     return found
+
+
+@pytest.fixture
+def state(inception):
+    return dict(random_state(inception))
 
 
 @pytest.fixture
@@ -95,14 +106,71 @@ def test_inception_gives_what_the_package_gives(inception, file):
     assert not any(parameter.requires_grad for parameter in found.network.parameters())
 
 
+STAGES = ["Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2"]
+STAGES += ["Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c"]
+
+
+def before_spatial(network, pixels):
+    """Return what the spatial branch of torch-fidelity's Inception is given, a stage at a time."""
+    if isinstance(network, SmallInception):
+        return network.Mixed_6d.branch1x1[0](network.norm(network.convolution(pixels.float() / 128 - 1)).relu())
+    module = importlib.import_module("torch_fidelity.interpolate_compat_tensorflow")
+    maps = module.interpolate_bilinear_2d_like_tensorflow1x(pixels.float(), size=(299, 299), align_corners=False)
+    maps = maps / 128 - 1
+    for stage in STAGES:
+        maps = getattr(network, stage)(maps)
+    return maps
+
+
+def test_one_pass_gives_the_spatial_features_of_a_forward_by_hand_too(inception, file):
+    found = extractor("inception", weights=file)
+    pixels = eight_bit(pictures())
+    theirs = inception("theirs", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(file))
+    maps = before_spatial(theirs, pixels).double()
+    branch = theirs.Mixed_6d.branch1x1
+    if inception is SmallInception:
+        expected = nn.functional.conv2d(maps, branch[1].weight.double(), branch[1].bias.double())
+    else:  # a convolution with one place is a matrix; then the norm by its definition
+        norm = branch.bn
+        weighed = torch.einsum("bchw,oc->bohw", maps, branch.conv.weight[:, :, 0, 0].double())
+        mean, variance, gain, bias = (
+            each.double().view(1, -1, 1, 1) for each in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        )
+        expected = (weighed - mean) / (variance + 1e-3).sqrt() * gain + bias
+    expected = expected.clamp(min=0)
+    passes = []
+    found.network.network.register_forward_hook(lambda *_: passes.append(1))
+    looked = found.look_pixels(pixels)
+    assert looked.spatial.shape == (3, found.spatial_dim) == (3, 2023)
+    for row, column, channel in ((0, 0, 0), (0, 0, 6), (0, 1, 0), (16, 3, 2), (7, 16, 5)):
+        theirs_there = expected[:, channel, row, column].float()
+        ours = looked.spatial[:, (row * 17 + column) * 7 + channel]
+        torch.testing.assert_close(ours, theirs_there, rtol=1e-4, atol=1e-4)
+    assert passes == [1]
+    again = found.look(pixels.float() / 127.5 - 1)
+    assert all(torch.equal(one, other) for one, other in zip(looked, again, strict=True))
+    assert not found.network.network.Mixed_6d.branch1x1._forward_hooks
+    in_order = [expected[:, :7, row, column] for row in range(17) for column in range(17)]
+    torch.testing.assert_close(looked.spatial, torch.cat(in_order, 1).float(), rtol=1e-4, atol=1e-4)
+    assert (looked.spatial.std(0) > 0).any()
+
+
 def test_only_the_published_weights_give_fid(inception, file, monkeypatch):
     other = extractor("inception", weights=file)
     assert other.sha256 == sha256(file)
     assert other.label("Fréchet distance") == f"Fréchet distance on Inception with the weights {other.sha256[:8]}"
     monkeypatch.setattr(extractors, "INCEPTION_SHA", other.sha256[:8])
     published = extractor("inception", weights=file)
-    figures = ["Fréchet distance", "kernel distance", "inception score", "precision"]
-    assert [published.label(figure) for figure in figures] == ["FID", "KID", "IS", "precision"]
+    figures = [
+        "Fréchet distance",
+        "spatial Fréchet distance",
+        "kernel distance",
+        "inception score",
+        "precision",
+        "CMMD",
+    ]
+    names = ["FID", "sFID", "KID", "IS", "precision", "CMMD on Inception"]
+    assert [published.label(figure) for figure in figures] == names
     assert (published.name, published.is_fid_inception, other.is_fid_inception) == ("Inception", True, False)
 
 
@@ -194,6 +262,41 @@ def test_pictures_of_other_sizes_are_resized_for_cnns_too():
     torch.testing.assert_close(found.features(images), backbone(resized)[-1].mean((2, 3)))
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet"])
+def test_spatial_features_are_the_first_channels_of_the_last_map(name):
+    found = extractor(f"timm:{name}", image_size=48, pretrained=False)
+    images = eight_bit(pictures(height=48, width=48)).float() / 127.5 - 1
+    last = load_backbone(name, image_size=48, pretrained=False)(images)[-1]
+    looked = found.look(images)
+    assert (looked.logits, looked.spatial.shape) == (None, (3, found.spatial_dim))
+    places = [last[:, :7, row, column] for row in range(last.shape[2]) for column in range(last.shape[3])]
+    torch.testing.assert_close(looked.spatial, torch.cat(places, 1))
+    torch.testing.assert_close(looked.features, last.mean((2, 3)))
+
+
+def precisions():
+    backends = torch.backends
+    return backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
+
+
+@pytest.mark.parametrize("asked", ["highest", "high", "medium"])
+def test_products_are_of_whole_float32_on_a_gpu_and_settings_come_back(asked):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(asked)
+        outside = precisions()
+        with contextlib.suppress(KeyError), extractors._whole_float32(torch.device("cuda")):
+            assert "tf32" not in precisions()
+            assert torch.get_float32_matmul_precision() == "highest"
+            raise KeyError
+        assert precisions() == outside
+        assert torch.get_float32_matmul_precision() == asked
+        with extractors._whole_float32(torch.device("cpu")):
+            assert precisions() == outside
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_the_size_is_what_timm_has_the_network_for():
     size = timm.get_pretrained_cfg("test_vit").input_size[-1]
     assert extractor("timm:test_vit", pretrained=False).image_size == size
@@ -236,8 +339,10 @@ def test_lite_is_the_network_inside_its_package(number, tmp_path, monkeypatch):
 
 
 def test_wrong_kinds_are_told():
-    with pytest.raises(InputError, match="kind is 'clip', expected inception, lite0, lite1, lite2 or timm:NAME"):
-        extractor("clip")
+    with pytest.raises(
+        InputError, match="kind is 'blip', expected inception, dinov2, clip, lite0, lite1, lite2 or timm:NAME"
+    ):
+        extractor("blip")
     with pytest.raises(InputError, match="'no_such' is no timm model"):
         extractor("timm:no_such")
     with pytest.raises(InputError, match=r"weights is 'x\.pth', but lite2 brings its own"):

@@ -39,6 +39,7 @@ def test_separable_classes_are_told_apart_and_shuffled_labels_are_not() -> None:
     found = probe_classes(train, val, CLASSES)
     assert (found.linear.correct, found.linear.total, found.knn.accuracy) == (120, 120, 1.0)
     assert found.majority.accuracy == 0.25
+    assert torch.equal(found.confusion, 30 * torch.eye(CLASSES, dtype=torch.int64))
     assert found.l2 == 1.0  # all do equally well, so the strongest penalty is taken
     order = torch.randperm(200, generator=torch.Generator().manual_seed(3))
     shuffled = Labelled(features=train.features, labels=train.labels[order], keys=train.keys)
@@ -47,6 +48,17 @@ def test_separable_classes_are_told_apart_and_shuffled_labels_are_not() -> None:
         low, high = score.as_dict()["interval_95"]
         assert score.accuracy < 0.5
         assert low < score.accuracy < high
+
+
+def test_the_confusion_has_a_row_for_each_true_class() -> None:
+    train, val = samples(60, 12.0), samples(24, 12.0, seed=1, name="b")
+    moved = val.labels.clone()
+    moved[val.labels == 2] = 3  # what looks like class 2 is said to be 3
+    found = probe_classes(train, Labelled(features=val.features, labels=moved, keys=val.keys), CLASSES)
+    expected = torch.tensor([[6, 0, 0, 0], [0, 6, 0, 0], [0, 0, 0, 0], [0, 0, 6, 6]])
+    assert torch.equal(found.confusion, expected)
+    assert found.linear.correct == 18
+    assert "confusion" not in found.as_dict()
 
 
 def test_the_penalty_is_chosen_on_what_was_held_back() -> None:

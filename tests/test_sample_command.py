@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from softvq import cli
+from softvq.arguments import sampling as sampling_arguments
 from softvq.generators import sampling
 from softvq.generators.recipe import SamplerName
 from softvq.pipeline import GenerationPipeline
@@ -213,5 +213,5 @@ def test_pictures_of_an_interrupted_call_say_how_they_were_made(
 
 
 def test_the_command_knows_every_sampler() -> None:
-    assert set(cli.SAMPLERS) == set(sampling.SAMPLERS)
-    assert {"auto", *cli.SAMPLERS} == set(get_args(SamplerName))
+    assert set(sampling_arguments.SAMPLERS) == set(sampling.SAMPLERS)
+    assert {"auto", *sampling_arguments.SAMPLERS} == set(get_args(SamplerName))

@@ -30,6 +30,7 @@ from softvq.errors import InputError, RunError
 from softvq.evaluation.features import pooled_features
 from softvq.evaluation.latent_report import Gathered, has_codewords
 from softvq.evaluation.latent_sections import FEWEST_PHOTOS, latent_study, summary_of
+from softvq.evaluation.probe_page import Probed, probe_page
 from softvq.evaluation.probing import (
     Labelled,
     ProbeResult,
@@ -55,15 +56,44 @@ THUMBNAIL_PX, PIXELS_PX = 96, 8
 
 @torch.no_grad()
 def probe(arguments: argparse.Namespace) -> None:
-    """Print, and perhaps save, how well classes can be told from what a model makes of photographs."""
-    kind, layer = parse_features(arguments.on)
+    """Print, and perhaps save, how well classes can be told from what models make of photographs."""
+    _, layer = parse_features(arguments.on)
     if (layer is None) != (arguments.generator is None):
         raise InputError("--generator DIR and --on generator:LAYER belong together; give both or neither")
+    models: list[str] = arguments.model
+    twice = [name for number, name in enumerate(models) if name in models[:number]]
+    if twice:
+        raise InputError(f"MODEL {twice[0]} is there twice; give each once")
+    if arguments.generator is not None and len(models) > 1:
+        raise InputError(f"--generator is of one tokenizer, but there are {len(models)} MODELs; give one")
     if arguments.out is not None:
         check_output(Path(arguments.out), arguments.overwrite)
     device = choose_device(arguments.device)
-    tokenizer = load_tokenizer(arguments.model, device)
-    size = _size(arguments, tokenizer)
+    # all of them first, so that no misspelt one is found when others have taken their hours
+    tokenizers = [load_tokenizer(name, torch.device("cpu")) for name in models]
+    sizes = [_size(arguments, tokenizer) for tokenizer in tokenizers]
+    probed, reports, classes = [], [], []
+    for name, tokenizer, size in zip(models, tokenizers, sizes, strict=True):
+        result, report, classes = _probed(arguments, name, tokenizer.to(device), size)
+        tokenizer.cpu()
+        learned = report["data"]["train"]["photographs"]
+        title = f"{arguments.on}, {learned} training photographs"
+        _print_probe(title if len(models) == 1 else f"{name}: {title}", result)
+        probed.append(Probed(model=name, on=arguments.on, result=result, learned=learned))
+        reports.append(report)
+    if arguments.out is None:
+        return
+    write_json(Path(arguments.out) / "probe.json", reports if len(reports) > 1 else reports[0])
+    write_text(Path(arguments.out) / "probe.html", probe_page(probed, classes, _probe_facts(reports)))
+    results().print(f"{arguments.out}: probe.html, probe.json", soft_wrap=True)
+
+
+def _probed(
+    arguments: argparse.Namespace, model: str, tokenizer: ImageTokenizer, size: tuple[int, int]
+) -> tuple[ProbeResult, dict[str, Any], list[str]]:
+    """Return what is found about one model, the same as plain data, and the names of the classes."""
+    kind, layer = parse_features(arguments.on)
+    device = tokenizer.latent_mean.device
     generator = None
     if arguments.generator is not None:
         generator = LatentGenerator.from_pretrained(arguments.generator).to(device).eval()
@@ -78,18 +108,32 @@ def probe(arguments: argparse.Namespace) -> None:
 
     train, val = (_Chosen(path, size, tokenizer, arguments.images) for path in _splits(arguments))
     _check_classes(train.folder, val.folder)
-    teach, judge = (_labelled(each, train.folder.classes, features, arguments.batch_size) for each in (train, val))
-    result = probe_classes(teach, judge, len(train.folder.classes), neighbours=arguments.knn)
-    _print_probe(arguments.on, result, len(teach.labels))
-    if arguments.out is None:
-        return
-    report = {"on": arguments.on, **result.as_dict(), **_provenance(arguments, tokenizer, device, size)}
+    classes = train.folder.classes
+    teach, judge = (_labelled(each, classes, features, arguments.batch_size) for each in (train, val))
+    result = probe_classes(teach, judge, len(classes), neighbours=arguments.knn)
+    report = {"on": arguments.on, **result.as_dict(), **_provenance(model, arguments.precision, tokenizer, size)}
     if generator is not None:
         time = None if isinstance(generator.network, MAR) else arguments.time
         report["generator"] = {"model": arguments.generator, "fingerprint": generator.fingerprint(), "time": time}
     report["data"] = {"train": train.provenance(), "val": val.provenance()}
-    write_json(Path(arguments.out) / "probe.json", report)
-    results().print(f"{arguments.out}: probe.json", soft_wrap=True)
+    return result, report, classes
+
+
+def _probe_facts(reports: list[dict[str, Any]]) -> dict[str, str]:
+    """Return what a reader of the page needs to get it again."""
+    facts = {}
+    for number, report in enumerate(reports, 1):
+        which = f" {number}" if len(reports) > 1 else ""
+        height, width = report["size"]
+        facts[f"Model{which}"] = f"{report['model']}, {report['tokenizer']}, {height} x {width} pixels"
+    first = reports[0]
+    if "generator" in first:
+        facts["Generator"] = f"{first['generator']['model']}, {first['generator']['fingerprint']}"
+    for name, split in (("train", "Learned from"), ("val", "Judged by")):
+        data = first["data"][name]
+        facts[split] = f"{data['path']}: {data['photographs']} of {data['found']}, {data['fingerprint']}"
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    return {**facts, "Precision": first["precision"], "Machine": first["machine"], "Versions": versions}
 
 
 @torch.no_grad()
@@ -117,7 +161,7 @@ def latents(arguments: argparse.Namespace) -> None:
         return torch.cat(found)
 
     report, sections = latent_study(tokenizer, data, thumbnails, indices, decode)
-    origin = _provenance(arguments, tokenizer, device, size)
+    origin = _provenance(arguments.model, arguments.precision, tokenizer, size)
     origin |= {"data": chosen.provenance(), "features": arguments.features}
     write_json(out / "report.json", {**report, **origin})
     summary = summary_of(report)
@@ -255,21 +299,19 @@ def _check_finite(values: Tensor) -> None:
         raise RunError("the model gives values that are not finite; try --precision float32, or another model")
 
 
-def _provenance(
-    arguments: argparse.Namespace, tokenizer: ImageTokenizer, device: torch.device, size: tuple[int, int]
-) -> dict[str, Any]:
+def _provenance(model: str, precision: str, tokenizer: ImageTokenizer, size: tuple[int, int]) -> dict[str, Any]:
     return {
-        "model": arguments.model,
+        "model": model,
         "tokenizer": tokenizer.fingerprint(),
         "size": list(size),
-        "precision": arguments.precision,
-        "machine": machine_name(device),
+        "precision": precision,
+        "machine": machine_name(tokenizer.latent_mean.device),
         "versions": {"softvq": softvq.__version__, "torch": torch.__version__},
     }
 
 
-def _print_probe(on: str, result: ProbeResult, learned: int) -> None:
-    table = Table("classifier", "accuracy", "95 % interval", "right", title=f"{on}, {learned} training photographs")
+def _print_probe(title: str, result: ProbeResult) -> None:
+    table = Table("classifier", "accuracy", "95 % interval", "right", title=title)
     names = {"linear": f"linear probe, l2 {result.l2:g}", "knn": f"{result.neighbours} nearest neighbours"}
     names["majority"] = "the commonest class"
     for key, name in names.items():

@@ -7,7 +7,7 @@ from torch import Tensor
 from softvq.errors import InputError
 from softvq.evaluation.moments import Moments
 
-__all__ = ["frechet_distance", "moments"]
+__all__ = ["covariance_root", "frechet_distance", "moments"]
 
 ROUNDING = 1e-6
 """Negative eigenvalues up to this fraction of the largest one are taken for rounding."""
@@ -34,11 +34,28 @@ def moments(
     return found.mean, covariance
 
 
+def covariance_root(covariance: Float[Tensor, "dim dim"]) -> Float[Tensor, "dim dim"]:
+    """Return the symmetric square root of a covariance, for distances of several clouds from one.
+
+    Args:
+        covariance: Symmetric and without negative eigenvalues.
+
+    Returns:
+        Float64, symmetric, without negative eigenvalues.
+
+    Raises:
+        InputError: If a value is not finite, or the matrix is no covariance.
+    """
+    return _root(_checked(covariance.diagonal(), covariance, "a"))
+
+
 def frechet_distance(
     mean_a: Float[Tensor, " dim"],
     cov_a: Float[Tensor, "dim dim"],
     mean_b: Float[Tensor, " dim"],
     cov_b: Float[Tensor, "dim dim"],
+    *,
+    root_a: Float[Tensor, "dim dim"] | None = None,
 ) -> float:
     """Return the squared Fréchet distance of two Gaussians (arXiv:1706.08500, equation 6).
 
@@ -52,6 +69,7 @@ def frechet_distance(
         cov_a: Its covariance A, symmetric and without negative eigenvalues.
         mean_b: Of the other.
         cov_b: Its covariance B.
+        root_a: `covariance_root(cov_a)`, if it is there already: that takes longer than all else.
 
     Returns:
         At least 0, which means equal moments.
@@ -60,12 +78,16 @@ def frechet_distance(
         InputError: If a value is not finite, or a matrix is no covariance.
     """
     cov_a, cov_b = _checked(mean_a, cov_a, "a"), _checked(mean_b, cov_b, "b")
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * _clipped(values, "cov_a").sqrt()) @ vectors.T
+    root = _root(cov_a) if root_a is None else root_a
     product = root @ cov_b @ root
     roots = _clipped(torch.linalg.eigvalsh((product + product.T) / 2), "cov_b").sqrt()
     shift = (mean_a.double() - mean_b.double()).square().sum()
     return max(0.0, float(shift + cov_a.trace() + cov_b.trace() - 2 * roots.sum()))
+
+
+def _root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * _clipped(values, "cov_a").sqrt()) @ vectors.T
 
 
 def _checked(mean: Tensor, covariance: Tensor, name: str) -> Tensor:

@@ -96,9 +96,11 @@ class ProbeResult:
     """Largest entry of the regression's gradient where its fit ended."""
     neighbours: int
     """How many vote."""
+    confusion: Int64[Tensor, "true guessed"]
+    """How often the regression takes one class for another."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
+        """Return plain data for JSON: all but the confusion."""
         scores = {name: getattr(self, name).as_dict() for name in ("linear", "knn", "majority")}
         sweep = [{"l2": l2, "held_back_accuracy": value} for l2, value in self.sweep.items()]
         return {**scores, "l2": self.l2, "sweep": sweep, "gradient": self.gradient, "neighbours": self.neighbours}
@@ -272,14 +274,17 @@ def probe_classes(
     probe = fit_probe(train.features, train.labels, num_classes, l2=best, max_iterations=ITERATIONS)
     voted = knn_classes(train.features, train.labels, val.features, num_classes, count=neighbours)
     commonest = train.labels.bincount(minlength=num_classes).argmax()
+    guessed = probe.logits(val.features).argmax(1)
+    pairs = (val.labels * num_classes + guessed).bincount(minlength=num_classes**2)
     return ProbeResult(
-        linear=_score(probe.logits(val.features).argmax(1), val.labels),
+        linear=_score(guessed, val.labels),
         knn=_score(voted, val.labels),
         majority=_score(commonest.expand(len(val.labels)), val.labels),
         l2=best,
         sweep=sweep,
         gradient=probe.gradient,
         neighbours=neighbours,
+        confusion=pairs.unflatten(0, (num_classes, num_classes)),
     )
 
 

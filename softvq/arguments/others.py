@@ -1,0 +1,25 @@
+"""Arguments of the commands that need no model."""
+
+from softvq.arguments.shared import Commands, add_command, positive
+
+__all__ = ["add_others"]
+
+
+def add_others(commands: Commands) -> None:
+    """Add doctor, demo and version."""
+    add_command(
+        commands, "doctor", "doctor:doctor", "show what is installed, which devices there are, and what will be slow"
+    )
+    demo = add_command(
+        commands, "demo", "demo:demo", "train a tiny tokenizer on bundled photographs and show what it learned"
+    )
+    demo.add_argument("--out", default="softvq-demo", metavar="DIR", help="where to write (default: softvq-demo)")
+    demo.add_argument(
+        "--steps",
+        type=positive,
+        metavar="N",
+        help="train so many steps instead of the recipe's, which take about two minutes",
+    )
+    demo.add_argument("--seed", type=int, default=0, help="what all randomness derives from (default: 0)")
+    demo.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    add_command(commands, "version", "version:version", "print the version")

@@ -1,0 +1,395 @@
+"""Figures about generated images: `softvq evaluate generation`."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from softvq.commands.common import check_output, load_tokenizer, machine_name, messages, results
+from softvq.commands.evaluate_shared import networks_of, print_figures
+from softvq.config import to_dict
+from softvq.data.images import SUFFIXES
+from softvq.errors import InputError
+from softvq.evaluation.extractors import Extractor
+from softvq.evaluation.generation import (
+    NEAREST,
+    FirstPictures,
+    Nearest,
+    best_of,
+    generated,
+    nearest_references,
+    picture_grid,
+    ratios,
+    recipe_beside,
+    setting_name,
+    sweep,
+    sweep_charts,
+)
+from softvq.evaluation.generation_report import generation_page, nearest_picture
+from softvq.evaluation.image_sets import ImageBatch, ImageSet, open_images, picked
+from softvq.evaluation.probing import evenly
+from softvq.evaluation.protocols import (
+    PROTOCOLS,
+    Protocol,
+    check_different,
+    check_protocol,
+    described,
+    provenance,
+)
+from softvq.evaluation.set_features import SetFeatures, adm_statistics, is_adm_statistics, set_features, with_images
+from softvq.evaluation.set_figures import set_figures
+from softvq.files import replacing, write_json, write_text
+from softvq.pipeline import GenerationPipeline
+from softvq.ranks import is_main, rank, world_size
+from softvq.training.distributed import choose_device, join, leave
+
+__all__ = ["generation"]
+
+CONFIG = "config.json"
+SET_SUFFIXES = (".npz", ".safetensors", *SUFFIXES)
+PICTURES = ("samples.png", "sweep.png", "nearest.png")
+PRECISIONS: dict[str, Literal["fp32", "bf16"]] = {"float32": "fp32", "bf16": "bf16"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Samples:
+    """What is judged: a set for each setting, and where it comes from."""
+
+    sets: list[ImageSet]
+    settings: list[dict[str, float | int]]
+    model: dict[str, Any] | None
+    recipe: dict[str, Any] | None
+    remarks: list[str]
+    pipeline: GenerationPipeline | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Reference:
+    """What samples are compared with: images, statistics, or both in one file."""
+
+    images: ImageSet | None
+    statistics: SetFeatures | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Judged:
+    """What was found about one set."""
+
+    rows: list[dict[str, Any]]
+    about: dict[str, Any]
+    first: Tensor
+    nearest: Nearest | None
+
+
+def generation(arguments: argparse.Namespace) -> None:
+    """Compare generated images with photographs, and write a report."""
+    out = Path(arguments.out)
+    if out.is_file() or out.suffix.lower() in SUFFIXES:
+        raise InputError(f"{out}: is to be a folder of results; give the name of one")
+    check_output(out, arguments.overwrite)
+    device = choose_device(arguments.device)
+    join(device)
+    try:
+        _evaluate(arguments, device, out)
+    finally:
+        leave()
+
+
+@torch.no_grad()
+def _evaluate(arguments: argparse.Namespace, device: torch.device, out: Path) -> None:
+    protocol = PROTOCOLS[arguments.protocol]
+    samples = _samples(arguments, device)
+    networks = networks_of(arguments.features, device, protocol.name)
+    if not networks:
+        raise InputError(
+            "--features names no network to compare images with; give one, such as inception=FILE or lite0"
+        )
+    size = samples.sets[0].size
+    reference = _reference(arguments, protocol, size, networks)
+    validation, remarks = _validation(arguments, protocol, samples.sets[0])
+    against = reference.statistics or reference.images
+    assert against is not None
+    checked = [
+        check_protocol(protocol, what="generation", samples=images, reference=against, networks=networks)
+        for images in samples.sets
+    ]
+    remarks += [*checked[0], *samples.remarks]
+    if samples.pipeline is not None:
+        samples.pipeline.to(device, PRECISIONS[arguments.precision])
+        if arguments.compile:
+            samples.pipeline.compile()
+    known = _seen_reference(arguments, reference, networks)
+    own = None
+    if validation is not None:
+        own = _judged(arguments, validation, "validation photographs", {}, known, networks)
+    found: list[_Judged] = []
+    for images, settings in zip(samples.sets, samples.settings, strict=True):
+        found.append(_judged(arguments, images, setting_name(settings), settings, known, networks))
+    if not is_main():
+        return
+    for judged in found:
+        _add_ratios(judged, own)
+    found[0].rows[0]["warnings"][:0] = remarks
+    record = provenance(
+        protocol,
+        networks=networks,
+        samples=[judged.about for judged in found],
+        reference=described(known[0]),
+        machine=machine_name(device),
+        model=samples.model,
+        recipe=samples.recipe,
+        validation=None if own is None else own.about,
+    )
+    record["command"] = {"precision": arguments.precision, "batch_size": arguments.batch_size, "ranks": world_size()}
+    _write(out, found, own, record, reference.images)
+
+
+def _samples(arguments: argparse.Namespace, device: torch.device) -> _Samples:
+    """Open the set that was given, or load the generator that is to make it."""
+    source = arguments.samples
+    if _is_generator(source):
+        return _generated(arguments)
+    for option, is_given in (
+        ("--guidance", arguments.guidance is not None),
+        ("--steps", arguments.steps is not None),
+        ("--compile", arguments.compile),
+    ):
+        if is_given:
+            raise InputError(f"{option} is for a generator, but {source} holds finished images; leave it out")
+    tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer, device)
+    images = open_images(source, size=arguments.size, tokenizer=tokenizer)
+    if tokenizer is not None and images.kind != "latents":
+        raise InputError(f"--tokenizer is for latents or a generator, but {source} holds images; leave it out")
+    recipe, remarks = recipe_beside(Path(source), images.count)
+    model = None
+    if recipe is not None and "model" in recipe:
+        model = {"name": recipe["model"], "fingerprint": recipe.get("generator"), "tokenizer": recipe.get("tokenizer")}
+    elif tokenizer is not None:
+        model = {"name": arguments.tokenizer, "fingerprint": None, "tokenizer": tokenizer.fingerprint()}
+    return _Samples(sets=[images], settings=[{}], model=model, recipe=recipe, remarks=remarks)
+
+
+def _is_generator(source: str) -> bool:
+    path = Path(source)
+    if path.is_dir():
+        return (path / CONFIG).is_file()
+    return not path.exists() and path.suffix.lower() not in SET_SUFFIXES
+
+
+def _generated(arguments: argparse.Namespace) -> _Samples:
+    pipeline = GenerationPipeline.from_pretrained(arguments.samples, tokenizer=arguments.tokenizer)
+    generator, tokenizer = pipeline.generator, pipeline.tokenizer
+    side = tokenizer.config.image_size
+    if arguments.size not in (None, side):
+        raise InputError(f"--size is {arguments.size}, but {arguments.samples} makes images of {side} px; leave it out")
+    recipes = sweep(generator, arguments.guidance, arguments.steps)
+    sets = [
+        generated(
+            pipeline,
+            recipe,
+            arguments.n,
+            seed=arguments.seed,
+            batch_size=arguments.batch_size,
+            source=arguments.samples,
+        )
+        for recipe in recipes
+    ]
+    return _Samples(
+        sets=sets,
+        settings=[{"guidance": recipe.guidance.scale, "steps": recipe.steps} for recipe in recipes],
+        # of the weights as they are stored, whatever they are computed in
+        model={
+            "name": arguments.samples,
+            "fingerprint": generator.fingerprint(),
+            "tokenizer": tokenizer.fingerprint(),
+        },
+        recipe={
+            "n": arguments.n,
+            "seed": arguments.seed,
+            "precision": arguments.precision,
+            "recipes": [to_dict(recipe) for recipe in recipes],
+        },
+        remarks=[],
+        pipeline=pipeline,
+    )
+
+
+def _reference(
+    arguments: argparse.Namespace, protocol: Protocol, size: tuple[int, int], networks: Sequence[Extractor]
+) -> _Reference:
+    source = arguments.reference
+    if not is_adm_statistics(source):
+        return _Reference(images=_photographs(arguments, protocol, source, size), statistics=None)
+    if len(networks) != 1:
+        raise InputError(
+            f"{source}: holds statistics of one network, but --features has {len(networks)}; give the one they are of"
+        )
+    statistics = adm_statistics(source, networks[0])
+    return _Reference(images=open_images(source) if statistics.count else None, statistics=statistics)
+
+
+def _photographs(arguments: argparse.Namespace, protocol: Protocol, source: str, size: tuple[int, int]) -> ImageSet:
+    """Open photographs, cropped to the size of the samples where that was asked for or belongs to the protocol."""
+    if arguments.crop or (protocol.size is not None and Path(source).is_dir()):
+        if size[0] != size[1]:
+            raise InputError(f"--crop makes squares, but the samples are {_by(size)} (height x width); leave it out")
+        return open_images(source, size=size[0], crop=True)
+    images = open_images(source)
+    if images.size != size:
+        raise InputError(
+            f"{source}: images are {_by(images.size)} (height x width), the samples {_by(size)}; give --crop to cut "
+            "photographs to the size of the samples, or images of that size"
+        )
+    return images
+
+
+def _validation(
+    arguments: argparse.Namespace, protocol: Protocol, samples: ImageSet
+) -> tuple[ImageSet | None, list[str]]:
+    """Open the validation photographs, and of too many take as many as there are samples."""
+    if arguments.validation is None:
+        return None, []
+    images = _photographs(arguments, protocol, arguments.validation, samples.size)
+    if images.count > samples.count:
+        remark = (
+            f"{images.source}: {samples.count} of its {images.count} photographs, evenly spread, are taken, as many as "
+            "there are samples"
+        )
+        return picked(images, evenly(images.count, samples.count)), [remark]
+    if images.count < samples.count:
+        return images, [
+            f"{images.source}: holds {images.count} photographs for {samples.count} samples; distances fall with the "
+            "number of images, so that the samples seem nearer than they are; take as many of both for a fair ratio"
+        ]
+    return images, []
+
+
+def _seen_reference(
+    arguments: argparse.Namespace, reference: _Reference, networks: Sequence[Extractor]
+) -> list[SetFeatures]:
+    seen = None if reference.images is None else _seen(arguments, reference.images, "reference", networks)
+    if reference.statistics is None:
+        assert seen is not None
+        return seen
+    return [reference.statistics if seen is None else with_images(reference.statistics, seen[0])]
+
+
+def _seen(
+    arguments: argparse.Namespace,
+    images: ImageSet,
+    label: str,
+    networks: Sequence[Extractor],
+    keep: Callable[[ImageBatch], Any] | None = None,
+) -> list[SetFeatures]:
+    """Look at all images of a set, with a bar for the share of the first rank."""
+    console = messages()
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    is_shown = is_main() and console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not is_shown) as bar:
+        share = (rank() + 1) * images.count // world_size() - rank() * images.count // world_size()
+        task = bar.add_task(label, total=share)
+        return set_features(
+            images,
+            networks,
+            batch_size=arguments.batch_size,
+            workers=arguments.workers,
+            progress=lambda number: bar.advance(task, number),
+            keep=keep,
+        )
+
+
+def _judged(
+    arguments: argparse.Namespace,
+    images: ImageSet,
+    name: str,
+    settings: dict[str, float | int],
+    known: Sequence[SetFeatures],
+    networks: Sequence[Extractor],
+) -> _Judged:
+    """Compare a set with the reference through every network; every rank must call it, the first one has the rows."""
+    first = FirstPictures(images)
+    seen = _seen(arguments, images, name, networks, first)
+    pictures = first.over_ranks()
+    judged = _Judged(rows=[], about=described(seen[0]), first=pictures, nearest=None)
+    if not is_main():
+        return judged
+    nearest = []
+    for network, ours, theirs in zip(networks, seen, known, strict=True):
+        check_different(ours, theirs)
+        figures = set_figures(theirs, ours, network)
+        row = {
+            "name": name if len(networks) == 1 else f"{name}, {network.name}",
+            "network": network.name,
+            "settings": settings,
+            "figures": dict(figures.values),
+            "labels": dict(figures.labels),
+            "warnings": list(figures.warnings),
+        }
+        nearest.append(nearest_references(ours, theirs))
+        if nearest[-1] is not None:
+            row["figures"][NEAREST] = nearest[-1].median
+            row["labels"][NEAREST] = network.label("median distance to the nearest")
+            row["warnings"] += _copies(nearest[-1].copies, ours, theirs)
+        judged.rows.append(row)
+    return dataclasses.replace(judged, nearest=nearest[0])
+
+
+def _copies(copies: int, samples: SetFeatures, reference: SetFeatures) -> list[str]:
+    """Tell of images that are in the reference as well; a set of nothing else cannot be judged by it."""
+    if copies == samples.count:
+        raise InputError(
+            f"{samples.source}: to {samples.extractor} every image is one of {reference.source}; give images that are "
+            "not in the reference"
+        )
+    if not copies:
+        return []
+    return [f"{samples.source}: to {samples.extractor} {copies} of its {samples.count} images are in the reference too"]
+
+
+def _add_ratios(judged: _Judged, validation: _Judged | None) -> None:
+    for number, row in enumerate(judged.rows):
+        row["ratios"] = {} if validation is None else ratios(row["figures"], validation.rows[number]["figures"])
+
+
+def _write(
+    out: Path, found: Sequence[_Judged], validation: _Judged | None, record: dict[str, Any], reference: ImageSet | None
+) -> None:
+    """Write the results and the pictures, and print the figures."""
+    rows = [row for judged in found for row in judged.rows]
+    own = None if validation is None else validation.rows
+    result = {
+        "kind": "generation",
+        "protocol": record["protocol"],
+        "rows": rows,
+        "validation": own,
+        "provenance": record,
+    }
+    chosen = best_of(rows)
+    best = next(judged for judged in found if any(row is chosen for row in judged.rows))
+    samples = picture_grid(best.first)
+    pictures = {"samples.png": samples}
+    charts = sweep_charts(rows)
+    if charts is not None:
+        pictures["sweep.png"] = charts
+    if best.nearest is not None and reference is not None:
+        pictures["nearest.png"] = nearest_picture(best.first, reference, best.nearest)
+    for name in PICTURES:
+        if name not in pictures:
+            (out / name).unlink(missing_ok=True)  # of an earlier call, which would be taken for this one's
+    for name, picture in pictures.items():
+        with replacing(out / name) as temporary:
+            picture.save(temporary)
+    page = generation_page(result, samples, charts, pictures.get("nearest.png"))
+    write_text(out / "report.html", page)
+    write_json(out / "generation.json", result)
+    print_figures(rows, own, title=f"{record['samples'][0]['count']} images, {record['protocol']}")
+    results().print(f"{out}: report.html, generation.json, {', '.join(pictures)}", soft_wrap=True)
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

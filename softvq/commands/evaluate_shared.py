@@ -1,0 +1,88 @@
+"""What the commands that compare sets of images share: networks to look through, and a table of figures."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from softvq.commands.common import messages, results
+from softvq.errors import InputError
+from softvq.evaluation.extractors import Extractor, extractor
+from softvq.evaluation.generation import ratios
+from softvq.evaluation.protocols import PROTOCOLS
+from softvq.evaluation.set_figures import DEVIATION
+
+__all__ = ["networks_of", "print_figures"]
+
+
+def networks_of(features: Sequence[str], device: torch.device, protocol: str = "folder") -> list[Extractor]:
+    """Build the networks that were asked for.
+
+    Args:
+        features: Each KIND or KIND=WEIGHTS, as `extractor` takes them.
+        device: Where they compute.
+        protocol: Its own network is taken if none was asked for.
+
+    Returns:
+        Frozen networks, all of them different.
+
+    Raises:
+        InputError: If a kind is unknown or given twice, or its weights cannot be had.
+    """
+    own = PROTOCOLS[protocol].extractor
+    asked = list(features) or ([] if own is None else [own])
+    networks: list[Extractor] = []
+    for text in asked:
+        kind, equals, weights = text.partition("=")
+        if not kind or (equals and not weights):
+            raise InputError(f"--features has {text!r}, expected KIND or KIND=WEIGHTS such as inception=FILE")
+        network = extractor(kind, weights=weights or None, device=device)
+        if any(network.sha256 == other.sha256 and network.name == other.name for other in networks):
+            raise InputError(f"--features has {network.name} twice; give every network once")
+        if any(network.name == other.name for other in networks):
+            raise InputError(f"--features has two networks of the name {network.name}; look through them one by one")
+        networks.append(network)
+    return networks
+
+
+def print_figures(
+    rows: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]] | None = None, *, title: str
+) -> None:
+    """Print figures, with those of validation photographs beside, and the warnings among the messages.
+
+    Args:
+        rows: As the result file has them.
+        validation: Rows of the validation photographs; the one of the same network stands beside.
+        title: Of the table.
+    """
+    names = list(dict.fromkeys(str(row["name"]) for row in rows))
+    beside = {row["network"]: row["figures"] for row in validation or ()}
+    table = Table(title=title)
+    for header in ("", "figure") if len(names) > 1 else ("figure",):
+        table.add_column(header, overflow="fold")
+    for header in ("value", "validation's own", "times that") if beside else ("value",):
+        table.add_column(header, justify="right")
+    for row in rows:
+        figures, own = row["figures"], beside.get(row["network"], {})
+        quotients = ratios(figures, own)
+        start = str(row["name"])
+        for key in figures:
+            if key.removesuffix(DEVIATION) in figures and key.endswith(DEVIATION):
+                continue
+            cells = [str(row["labels"].get(key, key.replace("_", " "))), _value(figures, key)]
+            if beside:
+                cells += [_value(own, key), f"{quotients[key]:.3f}" if key in quotients else ""]
+            table.add_row(*([start, *cells] if len(names) > 1 else cells))
+            start = ""
+    results().print(table)
+    warnings = [warning for row in [*rows, *(validation or ())] for warning in row["warnings"]]
+    for warning in dict.fromkeys(warnings):
+        messages().print(f"warning: {warning}", soft_wrap=True)
+
+
+def _value(figures: Mapping[str, float], key: str) -> str:
+    if key not in figures:
+        return ""
+    deviation = figures.get(key + DEVIATION)
+    return f"{figures[key]:.5g}" + ("" if deviation is None else f" ± {deviation:.2g}")
