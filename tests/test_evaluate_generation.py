@@ -185,6 +185,10 @@ def test_validation_photographs_are_the_one_of_the_scale(program: Program) -> No
     fewer = evaluate(program, "val", "real", "--validation", "fake", out="fewer")
     warnings = fewer["rows"][0]["warnings"]
     assert any("holds 24 photographs for 60 samples" in warning for warning in warnings)
+    as_many = frechet(features_of("real"), features_of("val")[places])  # 24 of the 60 samples
+    expected = as_many / fewer["validation"][0]["figures"]["frechet_distance"]
+    assert fewer["rows"][0]["ratios"]["frechet_distance"] == pytest.approx(expected, rel=1e-6)
+    assert "even" not in fewer["rows"][0]
 
 
 def test_adms_statistics_stand_for_the_images_they_are_of(program: Program) -> None:
@@ -260,6 +264,8 @@ def test_what_is_there_is_left_as_it_is(program: Program) -> None:
         (("fake", "real", "--guidance", "2"), ("--guidance is for a generator", "fake")),
         (("fake", "real", "--steps", "2"), ("--steps is for a generator", "fake")),
         (("fake", "real", "--compile"), ("--compile is for a generator",)),
+        (("fake", "real", "--n", "9"), ("--n is for a generator",)),
+        (("fake", "real", "--seed", "0"), ("--seed is for a generator",)),
         (("fake", "real", "--tokenizer", "other"), ("--tokenizer", "fake holds images")),
         (("fake", "real", "--size", "16"), ("32x32", "16x16")),
         (("sit", "real", "--size", "16"), ("--size is 16", "32 px")),

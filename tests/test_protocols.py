@@ -331,6 +331,7 @@ def test_figures_are_printed_beside_those_of_validation(capsys: pytest.CaptureFi
         "figures": figures,
         "labels": labels,
         "warnings": ["few"],
+        "ratios": {"frechet_distance": 1.5},
     }
     own = {**row, "figures": {"frechet_distance": 8.0}, "warnings": ["few", "fewer"]}
     print_figures([row], [own], title="figures")

@@ -15,14 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from softvq.errors import InputError
 from softvq.evaluation import set_features as module
+from softvq.evaluation.adm_statistics import adm_statistics, is_adm_statistics, with_images
 from softvq.evaluation.extractors import Extractor, extractor
 from softvq.evaluation.image_sets import ImageSet, in_memory, open_images, pixel_fingerprint
 from softvq.evaluation.set_features import (
     SetFeatures,
-    adm_statistics,
-    is_adm_statistics,
     set_features,
-    with_images,
 )
 from softvq.evaluation.set_figures import set_figures
 from softvq.training import distributed

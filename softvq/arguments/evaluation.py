@@ -61,8 +61,8 @@ def _add_generation(kinds: Commands) -> None:
     command.add_argument(
         "reference", metavar="REFERENCE", help="photographs: a folder, an .npz file of images, or ADM's statistics"
     )
-    command.add_argument("--n", type=positive, default=5000, metavar="N", help="images of a MODEL (default: 5000)")
-    command.add_argument("--seed", type=int, default=0, help="of a MODEL's images (default: 0)")
+    command.add_argument("--n", type=positive, metavar="N", help="images of a MODEL (default: 5000)")
+    command.add_argument("--seed", type=int, help="of a MODEL's images (default: 0)")
     command.add_argument(
         "--guidance",
         type=float,

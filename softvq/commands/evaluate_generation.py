@@ -10,24 +10,22 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from softvq.commands.common import check_output, load_tokenizer, machine_name, messages, results
+from softvq.commands.common import check_output, machine_name, messages, results
 from softvq.commands.evaluate_shared import networks_of, print_figures
-from softvq.config import to_dict
+from softvq.commands.judged_samples import open_samples
 from softvq.data.images import SUFFIXES
 from softvq.errors import InputError
+from softvq.evaluation.adm_statistics import adm_statistics, is_adm_statistics, with_images
 from softvq.evaluation.extractors import Extractor
 from softvq.evaluation.generation import (
     NEAREST,
     FirstPictures,
     Nearest,
     best_of,
-    generated,
     nearest_references,
     picture_grid,
     ratios,
-    recipe_beside,
     setting_name,
-    sweep,
     sweep_charts,
 )
 from softvq.evaluation.generation_report import generation_page, nearest_picture
@@ -41,31 +39,16 @@ from softvq.evaluation.protocols import (
     described,
     provenance,
 )
-from softvq.evaluation.set_features import SetFeatures, adm_statistics, is_adm_statistics, set_features, with_images
+from softvq.evaluation.set_features import SetFeatures, set_features, thinned
 from softvq.evaluation.set_figures import set_figures
 from softvq.files import replacing, write_json, write_text
-from softvq.pipeline import GenerationPipeline
 from softvq.ranks import is_main, rank, world_size
 from softvq.training.distributed import choose_device, join, leave
 
 __all__ = ["generation"]
 
-CONFIG = "config.json"
-SET_SUFFIXES = (".npz", ".safetensors", *SUFFIXES)
 PICTURES = ("samples.png", "sweep.png", "nearest.png")
 PRECISIONS: dict[str, Literal["fp32", "bf16"]] = {"float32": "fp32", "bf16": "bf16"}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Samples:
-    """What is judged: a set for each setting, and where it comes from."""
-
-    sets: list[ImageSet]
-    settings: list[dict[str, float | int]]
-    model: dict[str, Any] | None
-    recipe: dict[str, Any] | None
-    remarks: list[str]
-    pipeline: GenerationPipeline | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +86,7 @@ def generation(arguments: argparse.Namespace) -> None:
 @torch.no_grad()
 def _evaluate(arguments: argparse.Namespace, device: torch.device, out: Path) -> None:
     protocol = PROTOCOLS[arguments.protocol]
-    samples = _samples(arguments, device)
+    samples = open_samples(arguments, device)
     networks = networks_of(arguments.features, device, protocol.name)
     if not networks:
         raise InputError(
@@ -129,7 +112,8 @@ def _evaluate(arguments: argparse.Namespace, device: torch.device, out: Path) ->
         own = _judged(arguments, validation, "validation photographs", {}, known, networks)
     found: list[_Judged] = []
     for images, settings in zip(samples.sets, samples.settings, strict=True):
-        found.append(_judged(arguments, images, setting_name(settings), settings, known, networks))
+        even = images.count if validation is None else validation.count
+        found.append(_judged(arguments, images, setting_name(settings), settings, known, networks, even))
     if not is_main():
         return
     for judged in found:
@@ -147,76 +131,6 @@ def _evaluate(arguments: argparse.Namespace, device: torch.device, out: Path) ->
     )
     record["command"] = {"precision": arguments.precision, "batch_size": arguments.batch_size, "ranks": world_size()}
     _write(out, found, own, record, reference.images)
-
-
-def _samples(arguments: argparse.Namespace, device: torch.device) -> _Samples:
-    """Open the set that was given, or load the generator that is to make it."""
-    source = arguments.samples
-    if _is_generator(source):
-        return _generated(arguments)
-    for option, is_given in (
-        ("--guidance", arguments.guidance is not None),
-        ("--steps", arguments.steps is not None),
-        ("--compile", arguments.compile),
-    ):
-        if is_given:
-            raise InputError(f"{option} is for a generator, but {source} holds finished images; leave it out")
-    tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer, device)
-    images = open_images(source, size=arguments.size, tokenizer=tokenizer)
-    if tokenizer is not None and images.kind != "latents":
-        raise InputError(f"--tokenizer is for latents or a generator, but {source} holds images; leave it out")
-    recipe, remarks = recipe_beside(Path(source), images.count)
-    model = None
-    if recipe is not None and "model" in recipe:
-        model = {"name": recipe["model"], "fingerprint": recipe.get("generator"), "tokenizer": recipe.get("tokenizer")}
-    elif tokenizer is not None:
-        model = {"name": arguments.tokenizer, "fingerprint": None, "tokenizer": tokenizer.fingerprint()}
-    return _Samples(sets=[images], settings=[{}], model=model, recipe=recipe, remarks=remarks)
-
-
-def _is_generator(source: str) -> bool:
-    path = Path(source)
-    if path.is_dir():
-        return (path / CONFIG).is_file()
-    return not path.exists() and path.suffix.lower() not in SET_SUFFIXES
-
-
-def _generated(arguments: argparse.Namespace) -> _Samples:
-    pipeline = GenerationPipeline.from_pretrained(arguments.samples, tokenizer=arguments.tokenizer)
-    generator, tokenizer = pipeline.generator, pipeline.tokenizer
-    side = tokenizer.config.image_size
-    if arguments.size not in (None, side):
-        raise InputError(f"--size is {arguments.size}, but {arguments.samples} makes images of {side} px; leave it out")
-    recipes = sweep(generator, arguments.guidance, arguments.steps)
-    sets = [
-        generated(
-            pipeline,
-            recipe,
-            arguments.n,
-            seed=arguments.seed,
-            batch_size=arguments.batch_size,
-            source=arguments.samples,
-        )
-        for recipe in recipes
-    ]
-    return _Samples(
-        sets=sets,
-        settings=[{"guidance": recipe.guidance.scale, "steps": recipe.steps} for recipe in recipes],
-        # of the weights as they are stored, whatever they are computed in
-        model={
-            "name": arguments.samples,
-            "fingerprint": generator.fingerprint(),
-            "tokenizer": tokenizer.fingerprint(),
-        },
-        recipe={
-            "n": arguments.n,
-            "seed": arguments.seed,
-            "precision": arguments.precision,
-            "recipes": [to_dict(recipe) for recipe in recipes],
-        },
-        remarks=[],
-        pipeline=pipeline,
-    )
 
 
 def _reference(
@@ -263,8 +177,8 @@ def _validation(
         return picked(images, evenly(images.count, samples.count)), [remark]
     if images.count < samples.count:
         return images, [
-            f"{images.source}: holds {images.count} photographs for {samples.count} samples; distances fall with the "
-            "number of images, so that the samples seem nearer than they are; take as many of both for a fair ratio"
+            f"{images.source}: holds {images.count} photographs for {samples.count} samples; since distances fall with "
+            f"the number of images, ratios are of {images.count} samples, evenly spread"
         ]
     return images, []
 
@@ -310,8 +224,12 @@ def _judged(
     settings: dict[str, float | int],
     known: Sequence[SetFeatures],
     networks: Sequence[Extractor],
+    even: int | None = None,
 ) -> _Judged:
-    """Compare a set with the reference through every network; every rank must call it, the first one has the rows."""
+    """Compare a set with the reference through every network; every rank must call it, the first one has the rows.
+
+    `even` is how many photographs the validation set has: for the ratio to it only so many images count.
+    """
     first = FirstPictures(images)
     seen = _seen(arguments, images, name, networks, first)
     pictures = first.over_ranks()
@@ -330,6 +248,9 @@ def _judged(
             "labels": dict(figures.labels),
             "warnings": list(figures.warnings),
         }
+        if even is not None and even < ours.count:
+            part = thinned(ours, evenly(ours.count, even))
+            row["even"] = {} if part is None else set_figures(theirs, part, network).values
         nearest.append(nearest_references(ours, theirs))
         if nearest[-1] is not None:
             row["figures"][NEAREST] = nearest[-1].median
@@ -353,7 +274,8 @@ def _copies(copies: int, samples: SetFeatures, reference: SetFeatures) -> list[s
 
 def _add_ratios(judged: _Judged, validation: _Judged | None) -> None:
     for number, row in enumerate(judged.rows):
-        row["ratios"] = {} if validation is None else ratios(row["figures"], validation.rows[number]["figures"])
+        compared = row.pop("even", row["figures"])
+        row["ratios"] = {} if validation is None else ratios(compared, validation.rows[number]["figures"])
 
 
 def _write(

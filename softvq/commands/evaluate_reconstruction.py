@@ -19,6 +19,7 @@ from softvq.data.images import SUFFIXES
 from softvq.data.latent_cache import HEADER
 from softvq.errors import InputError
 from softvq.evaluation import reconstruction_report as report
+from softvq.evaluation.adm_statistics import is_adm_statistics
 from softvq.evaluation.extractors import Extractor
 from softvq.evaluation.image_sets import ImageBatch, ImageSet, open_images, picked
 from softvq.evaluation.pair_figures import DISTANCES, LABELS, Distance, figure_names, full_precision, load_distance
@@ -26,7 +27,7 @@ from softvq.evaluation.probing import evenly
 from softvq.evaluation.protocols import PROTOCOLS, check_protocol, described, provenance
 from softvq.evaluation.reconstruction import Meter, Reconstructions, check_pairs, names_of, rebuilt
 from softvq.evaluation.report import report_page
-from softvq.evaluation.set_features import is_adm_statistics, set_features
+from softvq.evaluation.set_features import set_features
 from softvq.evaluation.set_figures import set_figures
 from softvq.files import replacing, write_json, write_text
 from softvq.ranks import is_main, rank, world_size

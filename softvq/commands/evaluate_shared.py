@@ -9,7 +9,6 @@ from rich.table import Table
 from softvq.commands.common import messages, results
 from softvq.errors import InputError
 from softvq.evaluation.extractors import Extractor, extractor
-from softvq.evaluation.generation import ratios
 from softvq.evaluation.protocols import PROTOCOLS
 from softvq.evaluation.set_figures import DEVIATION
 
@@ -65,7 +64,7 @@ def print_figures(
         table.add_column(header, justify="right")
     for row in rows:
         figures, own = row["figures"], beside.get(row["network"], {})
-        quotients = ratios(figures, own)
+        quotients = row.get("ratios", {})
         start = str(row["name"])
         for key in figures:
             if key.removesuffix(DEVIATION) in figures and key.endswith(DEVIATION):

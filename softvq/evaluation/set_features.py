@@ -7,13 +7,8 @@ device in its place, and the host waits for nothing before the end.
 import collections
 import contextlib
 import dataclasses
-import hashlib
-import io
-import math
-import zipfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,18 +21,14 @@ from softvq.errors import InputError
 from softvq.evaluation.extractors import Extractor, Looked
 from softvq.evaluation.image_sets import ImageBatch, ImageSet, pixel_fingerprint
 from softvq.evaluation.moments import Moments
-from softvq.evaluation.npz_images import ARRAY, MAX_HEADER_BYTES, open_npz
 from softvq.ranks import rank, world_size
 
-__all__ = ["SetFeatures", "adm_statistics", "is_adm_statistics", "set_features", "with_images"]
+__all__ = ["SetFeatures", "set_features", "thinned"]
 
 READ_AHEAD = 2
 DIGEST_BYTES = 16
 SPATIAL_ROWS = 1024
 """How many images' spatial features wait until they are counted in."""
-STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
-ROUNDING = 1e-5
-"""By so much of its largest entry a stored covariance may differ from its transpose: float32 does not hold more."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -138,111 +129,36 @@ def set_features(
     return [each.finished(known) for each in gathered]
 
 
-def is_adm_statistics(source: Path | str) -> bool:
-    """Return whether a file is an .npz archive with mean and covariance of features, as ADM shares references.
+def thinned(found: SetFeatures, places: Sequence[int]) -> SetFeatures | None:
+    """Return what was seen in some images of a set, for a comparison with as many others.
 
     Args:
-        source: What the user gave; anything else than such a file is not one.
+        found: Of the whole set.
+        places: Of the images, at least two.
 
     Returns:
-        Whether `adm_statistics` is to read it.
+        The part, without what is not kept by image: the spatial moments and the fingerprint. None where there are only
+        statistics.
     """
-    path = Path(source)
-    if path.suffix.lower() != ".npz" or not path.is_file():
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return not {"mu.npy", "sigma.npy"}.isdisjoint(archive.namelist())
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
-        return False
-
-
-def adm_statistics(path: Path | str, network: Extractor) -> SetFeatures:
-    """Read the statistics of a reference set that ADM (arXiv:2105.05233) shares as an .npz file.
-
-    These are `mu` and `sigma` of the features, `mu_s` and `sigma_s` of the spatial features if they are there. Images
-    in `arr_0` are counted, not read: `open_images` reads them, and `with_images` joins what they give.
-
-    Args:
-        path: Of the file; nothing in it is unpickled.
-        network: That the statistics are taken to be of, which the file does not say: only dimensions can be checked.
-
-    Returns:
-        The statistics on the network's device, without features.
-
-    Raises:
-        InputError: If the file is no whole archive, or statistics are missing, of other dimensions, not finite, or no
-            covariance.
-    """
-    path = Path(path)
-    shapes = {"mu": (network.dim,), "sigma": (network.dim,) * 2}
-    shapes |= {"mu_s": (network.spatial_dim,), "sigma_s": (network.spatial_dim,) * 2}
-    if not path.is_file():
-        raise InputError(f"{path}: {'is a folder, expected an .npz file' if path.is_dir() else 'no such file'}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
-            wanted = STATISTICS if members & set(STATISTICS[2:]) else STATISTICS[:2]
-            missing = [name for name in wanted if name not in members]
-            if missing:
-                raise InputError(f"{path}: holds no {' and no '.join(missing)}, expected {', '.join(wanted)} as of ADM")
-            found = {name: _statistic(path, archive, name, shapes[name], network) for name in wanted}
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # an archive of hostile bytes fails in every way there is
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{path}: is no whole .npz file ({reason}); fetch it again") from error
-    images = open_npz(path) if ARRAY in members else None
-    digest = hashlib.sha256()
-    for name in wanted:
-        digest.update(name.encode() + found[name].tobytes())
-    tensors = {name: torch.from_numpy(array).to(network.device) for name, array in found.items()}
-    return SetFeatures(
-        source=str(path),
-        count=0 if images is None else images.count,
-        size=None if images is None else (images.height, images.width),
-        pixels=None,
-        extractor=network.name,
-        extractor_sha256=network.sha256,
-        mean=tensors["mu"],
-        covariance=tensors["sigma"],
-        spatial_mean=tensors.get("mu_s"),
-        spatial_covariance=tensors.get("sigma_s"),
-        features=None,
-        logits=None,
-        statistics_count=None,
-        statistics=digest.hexdigest(),
-    )
-
-
-def with_images(statistics: SetFeatures, images: SetFeatures) -> SetFeatures:
-    """Return stored statistics with the features of the images that lie beside them, for precision and the like.
-
-    Args:
-        statistics: As `adm_statistics` gives them.
-        images: Of the same network.
-
-    Returns:
-        Moments of the one, all else of the other.
-
-    Raises:
-        InputError: If the networks differ.
-    """
-    if statistics.extractor_sha256 != images.extractor_sha256:
-        raise InputError(
-            f"{statistics.source}: its statistics are of {statistics.extractor}, its images are seen by "
-            f"{images.extractor}; use one network for both"
-        )
+    if found.features is None:
+        return None
+    chosen = torch.tensor(places, device=found.features.device)
+    features = found.features[chosen]
+    moments = Moments(features.shape[1], features.device)
+    moments.add(features)
     return dataclasses.replace(
-        statistics,
-        count=images.count,
-        size=images.size,
-        pixels=images.pixels,
-        features=images.features,
-        logits=images.logits,
-        distinct=images.distinct,
-        order=images.order,
-        crop=images.crop,
+        found,
+        count=len(places),
+        pixels=None,
+        mean=moments.mean,
+        covariance=moments.covariance,
+        spatial_mean=None,
+        spatial_covariance=None,
+        features=features,
+        logits=None if found.logits is None else found.logits[chosen],
+        statistics_count=len(places),
+        distinct=None,
+        order=None,
     )
 
 
@@ -344,33 +260,3 @@ def _pinned(pixels: Tensor, device: torch.device) -> Tensor:
         return pixels
     with torch.cuda.device(device):  # a thread of its own would otherwise start the first GPU
         return pixels.pin_memory()
-
-
-def _statistic(path: Path, archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], network: Extractor) -> Any:
-    """Read one array of a known shape, in float64."""
-    info = archive.getinfo(f"{name}.npy")
-    with archive.open(info) as member:
-        head = io.BytesIO(member.read(MAX_HEADER_BYTES))
-        version = np.lib.format.read_magic(head)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        found, is_fortran, dtype = header(head)
-        if found != shape or dtype.kind != "f":
-            raise InputError(
-                f"{path}: {name} is {dtype} {list(found)}, expected floats {list(shape)} as {network.name} gives them"
-            )
-        length = math.prod(shape) * dtype.itemsize
-        if info.file_size != head.tell() + length:  # so that no more is unfolded than there is room for
-            raise InputError(f"{path}: {name} holds {info.file_size} bytes, not what its shape says; fetch it again")
-        data = head.read()
-        data += member.read(length - len(data))
-    array = np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if is_fortran else "C").astype(np.float64)
-    if not np.isfinite(array).all():
-        raise InputError(f"{path}: {name} holds numbers that are not finite; fetch it again")
-    if array.ndim == 2:
-        largest = np.abs(array).max()
-        if np.abs(array - array.T).max() > ROUNDING * largest or array.diagonal().min() < 0:
-            raise InputError(
-                f"{path}: {name} is no covariance, which is symmetric with variances from 0; fetch it again"
-            )
-        array = (array + array.T) / 2
-    return np.ascontiguousarray(array)
