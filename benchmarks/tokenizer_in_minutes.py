@@ -1,6 +1,6 @@
 """Train a tokenizer from scratch in so many minutes of one device, and judge it by photographs it has not seen.
 
-    python benchmarks/tokenizer_in_minutes.py --config configs/flowers-64-small.yaml --data FOLDER --minutes 8 --out OUT
+    python benchmarks/tokenizer_in_minutes.py --config configs/flowers-64.yaml --data FOLDER --minutes 8 --out OUT
 
 `FOLDER` holds `train` and `val`. The recipe's schedule is stretched or shortened as a whole: an update of each phase is
 timed first, and what this and compiling take is counted, so that all of it ends after about so many minutes.

@@ -32,7 +32,7 @@ def about(count: int = 50) -> dict[str, Any]:
 
 def generation(*rows: dict[str, Any], **changes: Any) -> dict[str, Any]:
     provenance = {
-        "samples": [about()], "reference": about(60),
+        "protocol": "folder", "figures": 1, "samples": [about()], "reference": about(60),
         "extractors": [{"name": "Inception", "sha256": "b" * 64, "resize": "bilinear", "image_size": 299}],
     }  # fmt: skip
     own = [{**generation_row(1, 1.5, 0.75), "settings": {}}]
@@ -108,10 +108,11 @@ def test_kinds_have_tables_of_their_own(program: Program) -> None:
 
 def test_a_stranger_can_say_nothing_in_the_table(program: Program) -> None:
     row = generation_row(1, 2.0, 0.5)
-    row["labels"]["frechet_distance"] = "F|D\n<script>"
+    row["labels"]["frechet_distance"] = "F|D <script> ![p](https://x) **9**"
     save("odd", generation(row))
     assert program("evaluate", "compare", "odd", "two", "--out", "out").code == 0
-    assert r"| F\|D &lt;script> |" in Path("out/compare.md").read_text()
+    expected = r"| F\|D &lt;script&gt; \!\[p\]\(https://x\) \*\*9\*\* |"
+    assert expected in Path("out/compare.md").read_text()
 
 
 def test_what_is_there_is_left(program: Program) -> None:
@@ -132,10 +133,17 @@ def put(*names: str | int, value: Any) -> Change:
     return change
 
 
+def both_protocols(name: str) -> Change:
+    def change(result: dict[str, Any]) -> None:
+        result["protocol"] = result["provenance"]["protocol"] = name
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        (put("protocol", value="adm-256-train50k"), ("protocol", "folder", "adm-256-train50k")),
+        (both_protocols("adm-256-train50k"), ("protocol", "folder", "adm-256-train50k")),
         (put("provenance", "reference", "pixels", value="c" * 64), ("reference", "aaa", "ccc")),
         (put("provenance", "reference", "count", value=61), ("reference", "60", "61")),
         (put("provenance", "extractors", 0, "sha256", value="d" * 64), ("extractor", "bbb", "ddd")),
@@ -158,13 +166,18 @@ def test_results_that_must_not_stand_side_by_side(program: Program, change: Chan
         ("[" * 100_000, ("no whole JSON",)),
         ("[]", ("kind is not",)),
         ('{"kind": "probe"}', ("kind is not",)),
-        ('{"kind": "generation", "rows": []}', ("protocol or provenance",)),
-        ('{"kind": "generation", "protocol": "folder", "provenance": {}, "rows": []}', ("rows",)),
-        ('{"kind": "generation", "protocol": "folder", "provenance": {}, "rows": [3]}', ("a row is none",)),
+        ('{"kind": "generation", "rows": []}', ("provenance is missing",)),
+        (json.dumps(generation(generation_row(1, 2.0, 0.5), protocol="<img>")), ("protocol is none",)),
+        (json.dumps(generation(generation_row(1, 2.0, 0.5), protocol="val50k-center256")), ("protocol is none",)),
+        (json.dumps(generation()), ("rows",)),
+        (json.dumps(generation(3)), ("a row is none",)),
+        (json.dumps(generation({**generation_row(1, 2.0, 0.5), "figures": {}})), ("has no figures",)),
+        (json.dumps(generation({**generation_row(1, 2.0, 0.5), "labels": {"x": "\ud800"}})), ("no text",)),
+        (json.dumps(generation({**generation_row(1, 2.0, 0.5), "settings": {"x": 10**400}})), ("no finite number",)),
         (json.dumps(generation({"network": None})), ("settings, figures or labels",)),
         (json.dumps(generation(generation_row(1, float("nan"), 0.5))), ("no finite number",)),
         (json.dumps(generation(generation_row(1, 10**400, 0.5))), ("no finite number",)),
-        (json.dumps(generation(generation_row(1, 2.0, 0.5), provenance={})), ("result 1",)),
+        (json.dumps(generation(generation_row(1, 2.0, 0.5), provenance={"protocol": "folder"})), ("result 1",)),
         (json.dumps(generation(generation_row(1, 2.0, 0.5), validation=3)), ("validation",)),
     ],
 )

@@ -214,9 +214,10 @@ def test_broken_weight_files_are_told(inception, state, file, tmp_path):
     fails({"fc.weight": torch.zeros(2, 2)}, "tensors are missing, unknown or of another shape .* has")
     fails({**state, "more": torch.zeros(1)}, r"1 tensors are missing, unknown or of another shape .* \(more\)")
     fails({**state, "fc.bias": state["fc.bias"] * float("nan")}, "fc.bias hold numbers that are not finite")
-    file.write_bytes(b"PK\x03\x04 half")
-    with pytest.raises(InputError, match="not a whole weight file"):
-        extractor("inception", weights=file)
+    for hostile in (b"PK\x03\x04 half", b"\x80\x02h\x05.", b"\x80\x02."):
+        file.write_bytes(hostile)
+        with pytest.raises(InputError, match="not a whole weight file"):
+            extractor("inception", weights=file)
     with pytest.raises(InputError, match=r"none\.pth: no such file"):
         extractor("inception", weights=tmp_path / "none.pth")
 

@@ -1,7 +1,9 @@
 """Sets of images: the same pixels from whatever holds them, however the work is shared."""
 
+import dataclasses
 import hashlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -315,3 +317,23 @@ def test_bad_latents_are_refused_in_one_sentence(tmp_path: Path, monkeypatch: py
         refuse(message)
     path.write_bytes(path.read_bytes()[:-9])
     refuse("not a whole safetensors file")
+
+
+def test_what_is_made_is_made_in_the_thread_that_asks() -> None:
+    threads: set[threading.Thread] = set()
+
+    def items(start: int, stop: int) -> Iterator[np.ndarray]:
+        threads.add(threading.current_thread())
+        yield from np.zeros((stop - start, 8, 8, 3), dtype=np.uint8)
+
+    made = dataclasses.replace(in_memory(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), "made"), items=items)
+    assert sum(len(batch.places) for batch in made.batches(2, workers=3)) == 5
+    assert threads == {threading.current_thread()}
+
+
+def test_huge_images_come_in_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_sets, "BATCH_BYTES", 2 * 3 * 8 * 8)
+    batches = list(in_memory(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), "set").batches(4))
+    assert [len(batch.places) for batch in batches] == [2, 2, 1]
+    larger = in_memory(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), "set").batches(4)
+    assert [len(batch.places) for batch in larger] == [1, 1]

@@ -54,10 +54,13 @@ def statistics(**changes: Any) -> SetFeatures:
 
 
 def test_what_is_right_passes() -> None:
-    assert check(ADM, reference=statistics()) == []
-    assert check(VALIDATION) == []
-    assert check(VALIDATION, what="reconstruction") == []
-    assert check(VALIDATION, reference=images("val.npz")) == []
+    (trusted,) = check(ADM, reference=statistics())
+    assert trusted == "adm.npz: that its statistics are ADM's, of the ImageNet training set, is taken on trust"
+    (trusted,) = check(VALIDATION)
+    assert trusted == "val: that these are the validation photographs of ImageNet is taken on trust"
+    assert check(VALIDATION, what="reconstruction") == [trusted]
+    (trusted,) = check(VALIDATION, reference=images("val.npz"))
+    assert "of ImageNet, cropped as ADM does, is taken on trust" in trusted
     assert check(FOLDER, networks=[network()], samples=images(count=2), reference=photographs(count=3)) == []
 
 
@@ -108,6 +111,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"reference": photographs(count=10_000)},
         "val: holds 10000 images, but .* exactly 50000",
     ),
+    "val: made by a network": (VALIDATION, {"reference": images("val", kind="latents")}, "val: is made by a network"),
     "val: too few samples": (VALIDATION, {"samples": images(count=5)}, "samples: holds 5 images"),
     "val: not cropped": (VALIDATION, {"reference": photographs(crop="none")}, "val: its photographs are not cropped"),
     "val: other size": (
@@ -155,7 +159,7 @@ def test_what_is_wrong_is_refused_in_one_sentence(case: str) -> None:
 def test_what_misleads_is_warned_of() -> None:
     (warning,) = check(FOLDER, samples=images(count=5000))
     assert warning.startswith("5000 samples: FID falls with their number")
-    (warning,) = check(ADM, reference=statistics(count=0, size=None))
+    _, warning = check(ADM, reference=statistics(count=0, size=None))
     assert "no precision and recall" in warning
     (warning,) = check(FOLDER, reference=statistics())
     assert "taken on trust" in warning
@@ -243,9 +247,11 @@ MIXED = {
     "network": ("provenance.extractors.0.name", "Other", "extractor is .*Products.* and .*Other"),
     "resize": ("provenance.extractors.0.resize", "bilinear", "extractor is .*none.* and .*bilinear"),
     "reference": ("provenance.reference.pixels", "00" * 32, "reference is .* and 0000"),
-    "statistics": ("provenance.reference.statistics", "00" * 32, "reference is .* and 0000"),
+    "statistics": ("provenance.reference.statistics", "00" * 32, "reference is .* and 0000.* and"),
+    "figures": ("provenance.figures", 2, "version of the figures is 1 and 2"),
+    "perceptual": ("provenance.perceptual", {"name": "st-lpips", "sha256": "ab"}, "perceptual distance is None and"),
     "reference count": ("provenance.reference.count", 13, "number of reference images is 12 and 13"),
-    "size": ("provenance.samples.0.size", [16, 16], r"size of images is \[8, 8\] and \[16, 16\]"),
+    "size": ("provenance.samples.0.size", [16, 16], "size of images is 8x8 and 16x16"),
     "count": ("provenance.samples.0.count", 24, r"number of samples is \[12\] and \[24\]"),
 }
 

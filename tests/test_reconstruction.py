@@ -71,7 +71,10 @@ def test_a_constant_error_has_a_psnr_known_beforehand(error: int) -> None:
     assert found["mse"].tolist() == [error**2] * 2
     assert found["psnr"].tolist() == pytest.approx([20 * math.log10(255 / error)] * 2, rel=1e-14)
     assert pair_figures(black + error, black)["mse"].tolist() == [error**2] * 2  # bytes would wrap around
-    assert pair_figures(black, black)["psnr"].tolist() == [math.inf] * 2
+    one = black.clone()
+    one[:, 1, 2, 3] = 1
+    assert torch.equal(pair_figures(black, black)["psnr"], pair_figures(black, one)["psnr"])
+    assert pair_figures(black, black)["psnr"].tolist() == pytest.approx([10 * math.log10(255**2 * 3 * 8 * 12)] * 2)
 
 
 def test_small_pictures_have_fewer_figures() -> None:
@@ -316,20 +319,31 @@ def test_pairs_that_do_not_belong_together() -> None:
         check_pairs(data, in_memory(noise(3, 12), "made"))
 
 
-def test_means_have_intervals_and_leave_out_what_is_infinite() -> None:
-    names = ["mse", "psnr", "ssim"]
-    values = np.array([[4.0, 20.0, 0.5], [2.0, 24.0, 0.7], [0.0, math.inf, 1.0], [6.0, 19.0, 0.2]])
-    row = image_row(names, torch.tensor(values, dtype=torch.float64))
-    finite = values[[0, 1, 3], 1]
-    assert row["figures"]["psnr"] == pytest.approx(finite.mean())
-    half = 1.959964 * finite.std(ddof=1) / math.sqrt(3)
-    assert row["intervals_95"]["psnr"] == pytest.approx([finite.mean() - half, finite.mean() + half], rel=1e-6)
-    assert row["figures"]["ssim"] == pytest.approx(0.6)
+def test_means_have_intervals_where_there_are_images_enough() -> None:
+    names = ["mse", "psnr", "mean_colour_psnr"]
+    values = np.array([[4.0, 20.0, 10.0], [2.0, 24.0, math.inf], [0.0, 83.0, 12.0], [6.0, 19.0, 14.0]])
+    table = torch.tensor(values, dtype=torch.float64)
+    row = image_row(names, table.repeat(8, 1)[:30])
+    of_30 = np.tile(values, (8, 1))[:30, 1]
+    half = 1.959964 * of_30.std(ddof=1) / math.sqrt(30)
+    assert row["intervals_95"]["psnr"] == pytest.approx([of_30.mean() - half, of_30.mean() + half], rel=1e-6)
+    assert set(row["intervals_95"]) == {"psnr"}  # of the other too few are finite
+    row = image_row(names, table)
+    assert row["intervals_95"] == {}
+    assert row["figures"]["psnr"] == pytest.approx(values[:, 1].mean())
+    assert row["figures"]["mean_colour_psnr"] == pytest.approx(12)
     assert row["figures"]["psnr_of_mean_error"] == pytest.approx(10 * math.log10(255**2 / 3))
-    assert row["warnings"] == ["1 of 4 reconstructions equal their photographs and are left out of the mean PSNR"]
+    (warning,) = row["warnings"]
+    assert warning.startswith("1 of 4 reconstructions equal their photographs; their PSNR is that of a difference by")
     assert set(row["labels"]) == set(row["figures"])
-    equal = image_row(names, torch.tensor(values[[2]], dtype=torch.float64))
-    assert (equal["figures"], equal["intervals_95"]) == ({"ssim": 1.0}, {})
+
+
+def test_a_figure_that_is_no_number_is_told_with_its_image() -> None:
+    meter = Meter(3, ["mse", "st_lpips"])
+    figures = {"mse": torch.zeros(3).double(), "st_lpips": torch.tensor([0.1, math.nan, 0.2]).double()}
+    meter.add(torch.arange(3), figures)
+    with pytest.raises(RunError, match=r"^st_lpips of image 1 is no number; look at the weights"):
+        _ = meter.table
 
 
 def test_the_worst_are_the_worst() -> None:

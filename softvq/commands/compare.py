@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from softvq.commands.common import check_output, results
 from softvq.errors import InputError
-from softvq.evaluation.protocols import comparable
+from softvq.evaluation.protocols import PROTOCOLS, comparable
 from softvq.evaluation.set_figures import DEVIATION
 from softvq.files import write_json, write_text
 
@@ -128,8 +129,10 @@ def _wrong(found: Any) -> str | None:
     """Return what keeps a value from being a result, or None."""
     if not isinstance(found, dict) or found.get("kind") not in KINDS:
         return f"kind is not {' or '.join(KINDS)}"
-    if not isinstance(found.get("protocol"), str) or not isinstance(found.get("provenance"), dict):
-        return "protocol or provenance is missing"
+    if not isinstance(found.get("provenance"), dict):
+        return "provenance is missing"
+    if found.get("protocol") not in PROTOCOLS or found["provenance"].get("protocol") != found["protocol"]:
+        return "protocol is none of this program's"
     rows, validation = found.get("rows"), found.get("validation")
     if not isinstance(rows, list) or not rows:
         return "rows is no list of at least one"
@@ -144,11 +147,14 @@ def _wrong_row(row: Any) -> str | None:
     fields = [row.get(name) for name in ("settings", "figures", "labels")]
     if not all(isinstance(field, dict) for field in fields):
         return "a row lacks settings, figures or labels"
-    numbers = row["figures"].values()
+    if not row["figures"] or not all(isinstance(text, str) and text.isprintable() for text in row["labels"].values()):
+        return "a row has no figures, or labels that are no text"
+    settings = [value for value in row["settings"].values() if value is not None]
+    numbers = [*row["figures"].values(), *settings]
     if any(
         isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST for value in numbers
     ):
-        return "a figure is no finite number"
+        return "a figure or setting is no finite number"
     return None
 
 
@@ -245,8 +251,10 @@ def _markdown(
     kind: str, protocol: str, labels: Mapping[Column, str], lines: Sequence[_Line], best: Mapping[Column, float | None]
 ) -> str:
     rows = [["result", "settings", *labels.values()], ["---", "---", *("---:" for _ in labels)]]
-    rows += [[line.result, line.settings, *_cells(line, labels, best, "**{}**")] for line in lines]
-    table = "\n".join(f"| {' | '.join(_escaped(cell) for cell in row)} |" for row in rows)
+    rows[0] = [_escaped(label) for label in rows[0]]
+    # figures are our own text, whose marks are not to be escaped
+    rows += [[_escaped(line.result), _escaped(line.settings), *_cells(line, labels, best, "**{}**")] for line in lines]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"## {kind}, protocol {protocol}\n\n{table}\n\nIn bold the best of each column.\n"
 
 
@@ -285,7 +293,8 @@ def _text(value: Any) -> str:
 
 def _escaped(text: str) -> str:
     """Keep a stranger's text from ending a cell or starting markup."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    text = re.sub(r"([\\|\[\]()!*_`#~])", r"\\\1", " ".join(text.split()))
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from softvq.commands.common import check_output, machine_name, messages, results
-from softvq.commands.evaluate_shared import networks_of, print_figures
+from softvq.commands.evaluate_shared import check_apart, networks_of, print_figures
 from softvq.commands.judged_samples import open_samples
 from softvq.data.images import SUFFIXES
 from softvq.errors import InputError
@@ -74,6 +74,7 @@ def generation(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     if out.is_file() or out.suffix.lower() in SUFFIXES:
         raise InputError(f"{out}: is to be a folder of results; give the name of one")
+    check_apart(out, arguments.samples, arguments.reference, arguments.validation)
     check_output(out, arguments.overwrite)
     device = choose_device(arguments.device)
     join(device)
@@ -117,8 +118,11 @@ def _evaluate(arguments: argparse.Namespace, device: torch.device, out: Path) ->
     if not is_main():
         return
     for judged in found:
+        if own is not None and judged.about["pixels"] == own.about["pixels"]:
+            remarks.append(f"{arguments.validation}: holds the same images as the samples, which explains ratios of 1")
         _add_ratios(judged, own)
-    found[0].rows[0]["warnings"][:0] = remarks
+    for row in (row for judged in found for row in judged.rows):
+        row["warnings"][:0] = remarks
     record = provenance(
         protocol,
         networks=networks,
@@ -233,12 +237,12 @@ def _judged(
     first = FirstPictures(images)
     seen = _seen(arguments, images, name, networks, first)
     pictures = first.over_ranks()
+    check_different(seen[0], known[0])  # on every rank, so that all of them end
     judged = _Judged(rows=[], about=described(seen[0]), first=pictures, nearest=None)
     if not is_main():
         return judged
     nearest = []
     for network, ours, theirs in zip(networks, seen, known, strict=True):
-        check_different(ours, theirs)
         figures = set_figures(theirs, ours, network)
         row = {
             "name": name if len(networks) == 1 else f"{name}, {network.name}",
@@ -291,6 +295,7 @@ def _write(
         "validation": own,
         "provenance": record,
     }
+    write_json(out / "generation.json", result)
     chosen = best_of(rows)
     best = next(judged for judged in found if any(row is chosen for row in judged.rows))
     samples = picture_grid(best.first)
@@ -308,7 +313,6 @@ def _write(
             picture.save(temporary)
     page = generation_page(result, samples, charts, pictures.get("nearest.png"))
     write_text(out / "report.html", page)
-    write_json(out / "generation.json", result)
     print_figures(rows, own, title=f"{record['samples'][0]['count']} images, {record['protocol']}")
     results().print(f"{out}: report.html, generation.json, {', '.join(pictures)}", soft_wrap=True)
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from softvq.commands.common import check_output, choose_size, load_tokenizer, machine_name, messages, results
-from softvq.commands.evaluate_shared import networks_of, print_figures
+from softvq.commands.evaluate_shared import check_apart, networks_of, print_figures
 from softvq.data.images import SUFFIXES
 from softvq.data.latent_cache import HEADER
 from softvq.errors import InputError
@@ -44,11 +44,7 @@ def reconstruction(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     if out.is_file() or out.suffix.lower() in SUFFIXES:
         raise InputError(f"{out}: is to be a folder of results; give the name of one")
-    for source in filter(None, (arguments.data, arguments.reconstructions)):
-        if out.resolve().is_relative_to(Path(source).resolve()):
-            raise InputError(
-                f"{out}: lies in {source}, whose images the report's would be taken for; give another --out"
-            )
+    check_apart(out, arguments.data, arguments.reconstructions)
     check_output(out, arguments.overwrite)
     device = choose_device(arguments.device)
     join(device)
@@ -84,10 +80,14 @@ def _evaluate(arguments: argparse.Namespace, device: torch.device, out: Path) ->
     meter = Meter(data.count, figure_names(data.size, given.distance), device)
     made = pairs.measured(meter, given.distance)
     remarks = check(samples=made, networks=given.networks)
+    unsure = None if pairs.made is None else check_pairs(data, pairs.made)
+    remarks += [] if unsure is None else [unsure]
     with full_precision():
         sets = _measured(arguments, given, made, meter)
         if not is_main():
             return
+        if meter.fingerprint("data") == meter.fingerprint("made") and bool(meter.table.any(0)[0]):
+            raise InputError(f"{pairs.source}: holds the photographs themselves in another order; give reconstructions")
         images = report.image_row(meter.names, meter.table)
         images["warnings"] += remarks
         latents = [] if tokenizer is None else [report.latent_row(tokenizer, data.size, meter.averages)]

@@ -1,6 +1,7 @@
 """What the commands that compare sets of images share: networks to look through, and a table of figures."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,24 @@ from softvq.evaluation.extractors import Extractor, extractor
 from softvq.evaluation.protocols import PROTOCOLS
 from softvq.evaluation.set_figures import DEVIATION
 
-__all__ = ["networks_of", "print_figures"]
+__all__ = ["check_apart", "networks_of", "print_figures"]
+
+
+def check_apart(out: Path, *sources: str | None) -> None:
+    """Refuse a folder for results that is, or lies in, one that images are read from.
+
+    Args:
+        out: Where results are to be written.
+        sources: What is read; None for what is not given.
+
+    Raises:
+        InputError: If the report's pictures would lie among those images, and count as some the next time.
+    """
+    for source in filter(None, sources):
+        if out.resolve().is_relative_to(Path(source).resolve()):
+            raise InputError(
+                f"{out}: lies in {source}, whose images the report's would be taken for; give another --out"
+            )
 
 
 def networks_of(features: Sequence[str], device: torch.device, protocol: str = "folder") -> list[Extractor]:
@@ -36,7 +54,10 @@ def networks_of(features: Sequence[str], device: torch.device, protocol: str = "
         kind, equals, weights = text.partition("=")
         if not kind or (equals and not weights):
             raise InputError(f"--features has {text!r}, expected KIND or KIND=WEIGHTS such as inception=FILE")
-        network = extractor(kind, weights=weights or None, device=device)
+        try:
+            network = extractor(kind, weights=weights or None, device=device)
+        except InputError as error:
+            raise InputError(f"--features {text}: {error}") from error
         if any(network.sha256 == other.sha256 and network.name == other.name for other in networks):
             raise InputError(f"--features has {network.name} twice; give every network once")
         if any(network.name == other.name for other in networks):

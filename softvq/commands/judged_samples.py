@@ -20,6 +20,7 @@ __all__ = ["Samples", "open_samples"]
 CONFIG = "config.json"
 SET_SUFFIXES = (".npz", ".safetensors", *SUFFIXES)
 DEFAULT_COUNT = 5000
+RUN_MODEL = "generator"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +81,8 @@ def open_samples(arguments: argparse.Namespace, device: torch.device) -> Samples
 
 def _is_generator(source: str) -> bool:
     path = Path(source)
+    if (path / RUN_MODEL / CONFIG).is_file():
+        raise InputError(f"{source}: is the folder of a run; give the generator in it, {path / RUN_MODEL}")
     if path.is_dir():
         return (path / CONFIG).is_file()
     return not path.exists() and path.suffix.lower() not in SET_SUFFIXES

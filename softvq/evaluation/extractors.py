@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import importlib
 import io
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -365,7 +364,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         return read_tensors(path)[0]
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (AttributeError, EOFError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # an archive of hostile bytes fails in every way there is
         raise InputError(f"{path}: not a whole weight file; get torch-fidelity's {INCEPTION_FILE} again") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: holds no dictionary of tensors; get torch-fidelity's {INCEPTION_FILE} again")

@@ -156,6 +156,7 @@ def recipe_beside(source: Path, count: int) -> tuple[dict[str, Any] | None, list
         return None, []
     try:
         recipe = json.loads(path.read_bytes())
+        json.dumps(recipe, allow_nan=False)  # NaN is no JSON, and could not be written down again
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: is no whole JSON file, so how the images were made is unknown; remove it") from error
     if not isinstance(recipe, dict):

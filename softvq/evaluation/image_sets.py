@@ -34,6 +34,7 @@ Items = Generator[Path | np.ndarray, None, None]
 
 DIGEST_BYTES = 16
 DECODED_AT_ONCE = 32
+BATCH_BYTES = 256 << 20
 GRID, RECIPE = "grid.png", "recipe.json"  # of `softvq sample`
 NO_CROP = "none"
 
@@ -77,7 +78,7 @@ class ImageSet:
         Rank r of R gets the places from floor(r count / R) to before floor((r + 1) count / R), which may be none.
 
         Args:
-            batch_size: Images of a batch, >= 1; the last batch may be smaller.
+            batch_size: Images of a batch, >= 1; the last may be smaller, and all are where images are huge.
             workers: Threads that decode, crop and digest ahead of what is asked for; 0 does it on demand.
             rank: In [0, ranks).
             ranks: Processes that share the set, >= 1.
@@ -99,6 +100,9 @@ class ImageSet:
         return self._batches(share, batch_size, workers)
 
     def _batches(self, share: range, batch_size: int, workers: int) -> Iterator[ImageBatch]:
+        if self.kind in ("memory", "latents"):  # often made by networks, on a device and in modes of this thread
+            workers = 0
+        batch_size = max(1, min(batch_size, BATCH_BYTES // (3 * self.size[0] * self.size[1])))
         items = self.items(share.start, share.stop)
         ahead = batch_size + 2 * workers  # so that the next batch is made while this one is used
         with contextlib.closing(items), contextlib.closing(_mapped(self._digested, items, workers, ahead)) as images:

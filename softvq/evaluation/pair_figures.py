@@ -115,10 +115,11 @@ def pair_figures(
 ) -> dict[str, Float64[Tensor, " batch"]]:
     """Return the figures of each pair.
 
-        mse = mean (a - b)^2,   PSNR = 10 log10(255^2 / mse)
+        mse = mean (a - b)^2,   PSNR = 10 log10(255^2 / max(mse, 1 / (3 H W)))
 
-    Both are exact: whole numbers are summed. The others are computed in float32, see `softvq.evaluation.metrics` and
-    `full_precision`.
+    Both are exact: whole numbers are summed. Equal pictures have the PSNR of those that differ by one level in one
+    value, 101 dB at 256 px, so that there is a mean over all. The others are computed in float32, see
+    `softvq.evaluation.metrics` and `full_precision`.
 
     Args:
         originals: RGB.
@@ -126,12 +127,13 @@ def pair_figures(
         distance: A perceptual distance on that device.
 
     Returns:
-        The figures that `figure_names` has, on that device; the PSNR of equal pictures is infinite.
+        The figures that `figure_names` has, on that device, all finite if the distance is.
     """
     error = (originals.short() - reconstructions.short()).int().square().sum((1, 2, 3), dtype=torch.int64)
-    mse = error.double() / originals[0].numel()
+    values = originals[0].numel()
+    mse = error.double() / values
     a, b = (pixels.float() / 127.5 - 1 for pixels in (reconstructions, originals))
-    found = {"mse": mse, "psnr": 10 * torch.log10(255**2 / mse)}
+    found = {"mse": mse, "psnr": 10 * torch.log10(255**2 / mse.clamp(min=1 / values))}
     with torch.autocast(originals.device.type, enabled=False):
         whole = {"ssim": ssim, "ms_ssim": ms_ssim, "legacy_ssim": legacy_ssim}
         for name in figure_names((originals.shape[2], originals.shape[3]), distance):

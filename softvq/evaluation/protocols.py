@@ -31,6 +31,7 @@ Purpose = Literal["generation", "reconstruction"]
 ReferenceKind = Literal["adm statistics", "validation photographs", "images"]
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")
 FEWEST = 2
+FIGURES_VERSION = 1  # rises when a figure of the same images changes by more than rounding
 PUBLISHED_COUNT = 50_000
 
 
@@ -242,6 +243,7 @@ def provenance(
     return {
         "protocol": protocol.name,
         "about": protocol.about,
+        "figures": FIGURES_VERSION,
         "versions": _versions(),
         "machine": machine,
         "model": None if model is None else dict(model),
@@ -317,12 +319,19 @@ def _check_reference(protocol: Protocol, what: Purpose, reference: ImageSet | Se
     _check_count(protocol, "reference", reference.source, reference.count, protocol.reference_count)
     if reference.size is not None:
         _check_size(protocol, reference.source, reference.size)
-    if protocol.crop and isinstance(reference, ImageSet) and reference.kind == "folder" and reference.crop == "none":
+    if protocol.reference != "validation photographs" or not isinstance(reference, ImageSet):
+        return []
+    if reference.kind not in ("folder", "npz"):
+        raise InputError(f"{reference.source}: is made by a network, but {protocol.name} compares with photographs")
+    if protocol.crop and reference.kind == "folder" and reference.crop == "none":
         raise InputError(
             f"{reference.source}: its photographs are not cropped, but {protocol.name} crops them to {protocol.size} "
             "px as ADM does; give --crop"
         )
-    return []
+    return [
+        f"{reference.source}: that these are the validation photographs of ImageNet"
+        f"{', cropped as ADM does,' if reference.crop == 'none' else ''} is taken on trust"
+    ]
 
 
 def _check_statistics(protocol: Protocol, reference: ImageSet | SetFeatures, statistics: str | None) -> list[str]:
@@ -335,14 +344,15 @@ def _check_statistics(protocol: Protocol, reference: ImageSet | SetFeatures, sta
         raise InputError(
             f"{reference.source}: holds no mu_s and sigma_s, which {protocol.name} needs; fetch ADM's own file"
         )
+    trusted = [f"{reference.source}: that its statistics are ADM's, of the ImageNet training set, is taken on trust"]
     if not reference.count:
-        return [f"{reference.source}: holds statistics but no images, so there is no precision and recall"]
+        return [*trusted, f"{reference.source}: holds statistics but no images, so there is no precision and recall"]
     _check_count(
         protocol, "reference for precision and recall", reference.source, reference.count, protocol.reference_count
     )
     if reference.size is not None:
         _check_size(protocol, reference.source, reference.size)
-    return []
+    return trusted
 
 
 def _is_same_file(samples: ImageSet, reference: ImageSet) -> bool:
@@ -359,11 +369,12 @@ def _compared(result: Mapping[str, Any], number: int) -> dict[str, Any]:
         fields = {
             "kind": result["kind"],
             "protocol": result["protocol"],
+            "version of the figures": origin.get("figures"),
             "extractor": sorted((each["name"], each["sha256"], each["resize"]) for each in origin["extractors"]),
-            "reference": reference["statistics"] or reference["pixels"],
+            "reference": " and ".join(each for each in (reference["statistics"], reference["pixels"]) if each),
             "number of reference images": reference["count"],
-            "size of images": samples[0]["size"],
-            "number of samples": sorted({each["count"] for each in samples}),
+            "size of images": " and ".join(sorted({_by(each["size"]) for each in samples})),
+            "number of samples": sorted({samples[0]["count"], *(each["count"] for each in samples)}),
             "perceptual distance": origin.get("perceptual"),
         }
     except (IndexError, KeyError, TypeError) as error:
@@ -371,10 +382,10 @@ def _compared(result: Mapping[str, Any], number: int) -> dict[str, Any]:
             f"result {number} does not say what was compared with what ({type(error).__name__}: {error}); "
             "evaluate again"
         ) from error
-    if fields["reference"] is None:
+    if not fields["reference"]:
         raise InputError(f"result {number} has no fingerprint of its reference; evaluate again")
     return fields
 
 
-def _by(size: tuple[int, int]) -> str:
+def _by(size: Sequence[int]) -> str:
     return f"{size[0]}x{size[1]}"

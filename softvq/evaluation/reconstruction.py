@@ -109,8 +109,13 @@ class Meter:
 
     @property
     def table(self) -> Float64[Tensor, "image figure"]:
-        """All figures on the CPU, columns as `names`."""
-        return self._table.cpu()
+        """All figures on the CPU, columns as `names`; a RunError where one is no number."""
+        table = self._table.cpu()
+        broken = table.isnan().nonzero()
+        if len(broken):
+            image, figure = broken[0].tolist()
+            raise RunError(f"{self.names[figure]} of image {image} is no number; look at the weights behind it")
+        return table
 
     @property
     def averages(self) -> dict[str, Tensor]:
@@ -237,12 +242,15 @@ def names_of(images: ImageSet) -> list[str]:
     return [f"{place:06d}" for place in range(images.count)] if images.names is None else list(images.names)
 
 
-def check_pairs(data: ImageSet, made: ImageSet) -> None:
+def check_pairs(data: ImageSet, made: ImageSet) -> str | None:
     """Refuse reconstructions that cannot be those of the photographs.
 
     Args:
         data: The photographs.
         made: Finished reconstructions, in the same order.
+
+    Returns:
+        A warning where nothing but their order says which belong together.
 
     Raises:
         InputError: If there are not as many, they are of another size, or both have names and these do not agree; what
@@ -257,7 +265,7 @@ def check_pairs(data: ImageSet, made: ImageSet) -> None:
         sizes = ["x".join(map(str, each.size)) for each in (made, data)]
         raise InputError(f"{made.source}: is {sizes[0]} (height x width), but {data.source} is {sizes[1]}; give --size")
     if data.names is None or made.names is None:
-        return
+        return f"{made.source} or {data.source} has no names of images: pairs are made in the order in which they lie"
     for name, other in zip(data.names, made.names, strict=True):
         short = PurePosixPath(other).with_suffix("")
         if short not in (PurePosixPath(name), PurePosixPath(name).with_suffix("")):
@@ -265,3 +273,4 @@ def check_pairs(data: ImageSet, made: ImageSet) -> None:
                 f"{made.source}: has {other!r} where {data.source} has {name!r}; give the reconstructions the names "
                 "of the photographs"
             )
+    return None

@@ -35,6 +35,7 @@ __all__ = [
 SHOWN = 6
 """Pairs in a picture of the page."""
 NORMAL_95 = 1.959963984540054
+FEWEST_FOR_INTERVALS = 30
 """How many deviations on both sides of its mean hold 95 % of a normal distribution."""
 LATENT_BITS = 16
 DEVIATION = "deviation of "
@@ -56,15 +57,16 @@ def image_row(names: Sequence[str], table: Float[Tensor, "image figure"]) -> dic
     """Return the means of per-image figures as a row of a result.
 
     The interval of a mean is that of the normal distribution, mean +- 1.96 deviation / sqrt(n): how far it would move
-    with other photographs of the same kind.
+    with other photographs of the same kind. Of fewer than 30 images there is none.
 
     Args:
         names: Of the figures, as `figure_names` has them.
-        table: Float64, on the CPU. What is infinite, as the PSNR of equal pictures is, is left out of the means.
+        table: Float64, on the CPU, all finite but for the `mean_colour_psnr` of pictures of one colour, which are left
+            out of its mean.
 
     Returns:
         `name`, `network` (None), `settings`, `figures`, `labels`, `warnings`, and `intervals_95`: two ends for each
-        mean of at least two numbers. `psnr_of_mean_error` is the PSNR of the mean squared error of all images together.
+        mean of enough numbers. `psnr_of_mean_error` is the PSNR of the mean squared error of all images together.
     """
     figures: dict[str, float] = {}
     labels: dict[str, str] = {}
@@ -75,18 +77,19 @@ def image_row(names: Sequence[str], table: Float[Tensor, "image figure"]) -> dic
             continue
         mean = float(column.mean())
         figures[name], labels[name] = mean, LABELS[name]
-        if len(column) > 1:
+        if len(column) >= FEWEST_FOR_INTERVALS:
             half = NORMAL_95 * float(column.std()) / math.sqrt(len(column))
             intervals[name] = [mean - half, mean + half]
     error = float(table[:, list(names).index("mse")].mean())
     if error > 0:
         figures["psnr_of_mean_error"] = 10 * math.log10(255**2 / error)
         labels["psnr_of_mean_error"] = "PSNR of the mean error in dB"
-    equal = int(table[:, list(names).index("psnr")].isinf().sum())
+    equal = int((table[:, list(names).index("mse")] == 0).sum())
     warnings = []
     if equal:
         warnings.append(
-            f"{equal} of {len(table)} reconstructions equal their photographs and are left out of the mean PSNR"
+            f"{equal} of {len(table)} reconstructions equal their photographs; their PSNR is that of a difference by "
+            "one level in one value"
         )
     row = {"name": "images", "network": None, "settings": {}, "figures": figures, "labels": labels}
     return {**row, "intervals_95": intervals, "warnings": warnings}

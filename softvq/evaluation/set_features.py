@@ -17,7 +17,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from softvq.errors import InputError
+from softvq.errors import InputError, RunError
 from softvq.evaluation.extractors import Extractor, Looked
 from softvq.evaluation.image_sets import ImageBatch, ImageSet, pixel_fingerprint
 from softvq.evaluation.moments import Moments
@@ -227,7 +227,10 @@ def _shared(whole: Tensor) -> Tensor:
         for owner in range(ranks):
             part = whole[owner * len(whole) // ranks : (owner + 1) * len(whole) // ranks]
             if len(part):
-                dist.broadcast(part, src=owner)
+                try:
+                    dist.broadcast(part, src=owner)
+                except RuntimeError as error:
+                    raise RunError("another process has ended early; what it says is the reason") from error
     return whole
 
 

@@ -133,7 +133,7 @@ def _add_pairwise(values: dict[str, float], warnings: list[str], real: Tensor, f
     subsets = 1 if size == max(len(real), len(fake)) else SUBSETS  # all subsets would be the whole sets
     distance, deviation = kernel_distance(real, fake, subsets=subsets, subset_size=size, seed=seed)
     values["kernel_distance"] = distance
-    if subsets > 1:
+    if size < least:  # subsets that are all of the smaller set tell nothing of its chance
         values["kernel_distance" + DEVIATION] = deviation
     values["cmmd"] = cmmd(F.normalize(real.double(), dim=1), F.normalize(fake.double(), dim=1))
 

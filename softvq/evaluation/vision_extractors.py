@@ -58,7 +58,7 @@ class VisionTower(nn.Module):
         images = pixels.float()
         if images.shape[2:] != (self.size, self.size):
             images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True)
-            images = images.clamp(0, 255) if self.clips else images
+            images = images.clamp(0, 255).round() if self.clips else images
         return images
 
     def forward(
