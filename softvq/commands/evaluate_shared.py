@@ -21,7 +21,7 @@ def check_apart(out: Path, *sources: str | None) -> None:
 
     Args:
         out: Where results are to be written.
-        sources: What is read; None for what is not given.
+        *sources: What is read; None for what is not given.
 
     Raises:
         InputError: If the report's pictures would lie among those images, and count as some the next time.
