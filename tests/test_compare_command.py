@@ -177,13 +177,13 @@ def test_results_that_must_not_stand_side_by_side(program: Program, change: Chan
         (json.dumps(generation({"network": None})), ("settings, figures or labels",)),
         (json.dumps(generation(generation_row(1, float("nan"), 0.5))), ("no finite number",)),
         (json.dumps(generation(generation_row(1, 10**400, 0.5))), ("no finite number",)),
-        (json.dumps(generation(generation_row(1, 2.0, 0.5), provenance={"protocol": "folder"})), ("result 1",)),
+        (json.dumps(generation(generation_row(1, 2.0, 0.5), provenance={"protocol": "folder"})), ("does not say",)),
         (json.dumps(generation(generation_row(1, 2.0, 0.5), validation=3)), ("validation",)),
     ],
 )
 def test_broken_results_are_one_sentence(program: Program, text: str, names: tuple[str, ...]) -> None:
     path = save("broken", text, "generation.json")
-    places = () if "result 1" in names else (path,)
+    places = (path.parent,) if "does not say" in names else (path,)
     program.refuses("evaluate", "compare", "broken", names=(*places, *names))
 
 

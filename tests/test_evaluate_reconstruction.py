@@ -84,7 +84,9 @@ def known(made: Path) -> dict[str, dict[str, float]]:
 
 def test_figures_and_files(program: Program, made: Path) -> None:
     result = program(*COMMAND, "--perceptual", "st-lpips=distance.safetensors", "--out", "out", "--worst", "4")
-    assert (result.code, result.err) == (0, "")
+    assert result.code == 0
+    assert "9 images are too few for intervals" in result.err
+    assert "mean colour of each photograph is nearer" in result.err  # the model has learned nothing
     files = ["images.csv", "reconstruction.json", "report.html", "worst-st-lpips.png", "worst.png"]
     assert sorted(path.name for path in Path("out").iterdir()) == files
     assert "out: report.html" in result.out
@@ -183,9 +185,9 @@ def test_nothing_depends_on_batches_threads_or_who_decodes(program: Program) -> 
         for name in ("images", NETWORK):
             assert figures_of(out, name) == pytest.approx(figures_of("a", name), rel=2e-3, abs=1e-6)
     rows = [result_of(out)["rows"] for out in ("c", "d")]
-    (warning,) = rows[1][0].pop("warnings")
+    warnings = [row[0].pop("warnings") for row in rows]
+    (warning,) = set(warnings[1]) - set(warnings[0])
     assert "no names of images: pairs are made in the order in which they lie" in warning
-    assert rows[0][0].pop("warnings") == []
     assert rows[0][0] == rows[1][0]  # the same pixels from another container
     assert [row["name"] for row in rows[0]] == ["images", NETWORK]  # of finished ones no latents are known
     assert result_of("c")["provenance"]["model"] is None

@@ -261,7 +261,7 @@ def test_a_mixture_is_refused_by_its_first_difference(case: str) -> None:
     path, value, message = MIXED[case]
     one = result()
     with pytest.raises(
-        InputError, match=f"^results 1 and 3 cannot be compared: {message}[^.]*; evaluate both in the same"
+        InputError, match=f"^result 1 and result 3 cannot be compared: {message}[^.]*; evaluate both in the same"
     ):
         comparable([one, one, changed(one, path, value)])
 

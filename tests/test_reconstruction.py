@@ -1,6 +1,5 @@
 """Figures about pairs of pictures, and what gathers them over batches and ranks."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.tokenizers.config import TokenizerConfig
 from tests.family import QUANTIZERS
 from tests.program import make_model
-from tests.ranks import free_ports, run_as_ranks
 
 CPU = torch.device("cpu")
 
@@ -242,51 +240,6 @@ def test_nothing_depends_on_the_batch(tmp_path: Path) -> None:
     assert prints == {(pixel_fingerprint(digests), pixel_fingerprint(others))}
 
 
-RANKS = """
-import json, numpy, torch
-from softvq.training.distributed import join, leave
-from softvq.evaluation.image_sets import in_memory
-from softvq.evaluation.pair_figures import figure_names
-from softvq.evaluation.reconstruction import Meter, Reconstructions, rebuilt
-from softvq.ranks import rank, world_size
-from softvq.tokenizers.autoencoder import ImageTokenizer
-device = torch.device("cpu")
-join(device)
-tokenizer = ImageTokenizer.from_pretrained({model!r})
-pixels = numpy.load({pixels!r})
-for count in (1, 7):
-    data = in_memory(torch.from_numpy(pixels[:count]), "memory")
-    pairs = Reconstructions(data=data, made=None, rebuild=lambda pixels: rebuilt(tokenizer, pixels), source="model",
-                            device=device, batch_size=2, workers=0)
-    meter = Meter(count, figure_names(data.size, None))
-    for batch in pairs.measured(meter).batches(3, rank=rank(), ranks=world_size()):
-        meter.add_digests("made", batch.places, batch.digests)
-    meter.over_ranks()
-    found = {{"table": meter.table.tolist(), "prints": [meter.fingerprint(name) for name in ("data", "made")],
-              "averages": {{name: value.tolist() for name, value in meter.averages.items()}}}}
-    with open({out!r} + f"/{{count}}-{{rank()}}.json", "w") as file:
-        json.dump(found, file)
-leave()
-"""
-
-
-def test_two_ranks_find_the_same(tmp_path: Path) -> None:
-    tokenizer = make_model(tmp_path / "model")
-    pixels = noise(7, 32, 5)
-    np.save(tmp_path / "pixels.npy", pixels.numpy())
-    places = {"model": "model", "pixels": "pixels.npy", "out": ""}
-    run_as_ranks(RANKS.format(**{key: str(tmp_path / name) for key, name in places.items()}), *free_ports(1))
-    for count in (1, 7):  # of one image a rank gets nothing
-        alone = measured(tokenizer, in_memory(pixels[:count], "memory"), 3)
-        for rank in range(2):
-            found = json.loads((tmp_path / f"{count}-{rank}.json").read_text())
-            torch.testing.assert_close(torch.tensor(found["table"]).double(), alone.table, rtol=1e-5, atol=1e-5)
-            assert found["prints"] == [alone.fingerprint("data"), alone.fingerprint("made")]
-            assert found["averages"].keys() == alone.averages.keys()
-            for name, value in alone.averages.items():
-                torch.testing.assert_close(torch.tensor(found["averages"][name]).double(), value, rtol=1e-5, atol=1e-6)
-
-
 def test_finished_reconstructions_are_taken_in_order() -> None:
     photos, made = noise(6, 12, 1), noise(6, 12, 2)
     data, other = in_memory(photos, "a"), in_memory(made, "b")
@@ -333,7 +286,8 @@ def test_means_have_intervals_where_there_are_images_enough() -> None:
     assert row["figures"]["psnr"] == pytest.approx(values[:, 1].mean())
     assert row["figures"]["mean_colour_psnr"] == pytest.approx(12)
     assert row["figures"]["psnr_of_mean_error"] == pytest.approx(10 * math.log10(255**2 / 3))
-    (warning,) = row["warnings"]
+    few, warning = row["warnings"]
+    assert few.startswith("4 images are too few for intervals")
     assert warning.startswith("1 of 4 reconstructions equal their photographs; their PSNR is that of a difference by")
     assert set(row["labels"]) == set(row["figures"])
 

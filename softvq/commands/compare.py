@@ -50,19 +50,21 @@ def compare(arguments: argparse.Namespace) -> None:
     kinds = {kind: [(path, found) for path, found in read if found["kind"] == kind] for kind in KINDS}
     for members in kinds.values():
         if members:
-            comparable([found for _, found in members])
-    report, texts = {}, ["# Results side by side\n"]
+            comparable([found for _, found in members], [_short(path) for path, _ in members])
+    report, texts, marked = {}, ["# Results side by side\n"], False
     for kind, members in kinds.items():
         if not members:
             continue
         labels, lines = _labels(members), _lines(members)
         best = {column: _best(column, lines) for column in labels}
+        marked = marked or any(value is not None for value in best.values())
         protocol = members[0][1]["protocol"]
         for table in _tables(kind, protocol, labels, lines, best, results().width):
             results().print(table)
         texts.append(_markdown(kind, protocol, labels, lines, best))
         report[kind] = _plain(members[0][1], labels, lines, best)
-    results().print("* best of its column")
+    if marked:
+        results().print("* best of its column")
     if arguments.out is not None:
         write_json(Path(arguments.out) / "compare.json", report)
         write_text(Path(arguments.out) / "compare.md", "\n".join(texts))

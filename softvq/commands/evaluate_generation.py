@@ -279,6 +279,7 @@ def _copies(copies: int, samples: SetFeatures, reference: SetFeatures) -> list[s
 def _add_ratios(judged: _Judged, validation: _Judged | None) -> None:
     for number, row in enumerate(judged.rows):
         compared = row.pop("even", row["figures"])
+        row["ratio_count"] = None if validation is None else min(judged.about["count"], validation.about["count"])
         row["ratios"] = {} if validation is None else ratios(compared, validation.rows[number]["figures"])
 
 

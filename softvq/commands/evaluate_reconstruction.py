@@ -98,7 +98,7 @@ def _opened(arguments: argparse.Namespace, device: torch.device) -> tuple[ImageT
     """Open photographs, and a model or what one made of them."""
     finished = arguments.reconstructions
     if (finished is None) == (arguments.model == NO_MODEL):
-        raise InputError("give a MODEL, or - in its place and --reconstructions SET")
+        raise InputError("give either a MODEL, or - in its place and --reconstructions SET, not both")
     tokenizer = made = None
     if finished is None:
         tokenizer = load_tokenizer(arguments.model, device)

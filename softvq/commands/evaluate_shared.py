@@ -57,7 +57,8 @@ def networks_of(features: Sequence[str], device: torch.device, protocol: str = "
         try:
             network = extractor(kind, weights=weights or None, device=device)
         except InputError as error:
-            raise InputError(f"--features {text}: {error}") from error
+            hint = "" if equals else f" (on the command line: --features {kind}=FILE)"
+            raise InputError(f"--features {text}: {error}{hint}") from error
         if any(network.sha256 == other.sha256 and network.name == other.name for other in networks):
             raise InputError(f"--features has {network.name} twice; give every network once")
         if any(network.name == other.name for other in networks):
@@ -81,7 +82,9 @@ def print_figures(
     table = Table(title=title)
     for header in ("", "figure") if len(names) > 1 else ("figure",):
         table.add_column(header, overflow="fold")
-    for header in ("value", "validation's own", "times that") if beside else ("value",):
+    counts = {row["ratio_count"] for row in rows if row.get("ratio_count")}
+    ratio = f"ratio, {counts.pop():,} images each" if len(counts) == 1 else "ratio"
+    for header in ("value", "validation's own", ratio) if beside else ("value",):
         table.add_column(header, justify="right")
     for row in rows:
         figures, own = row["figures"], beside.get(row["network"], {})

@@ -25,7 +25,12 @@ MAP_PX, THUMBNAIL_PX, MOST_THUMBNAILS = 960, 44, 240
 
 
 def line_chart(
-    series: Mapping[str, Sequence[tuple[float, float]]], *, across: str, up: str, points: bool = False
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    across: str,
+    up: str,
+    points: bool = False,
+    within: tuple[float, float] | None = None,
 ) -> Image.Image:
     """Draw lines.
 
@@ -34,13 +39,14 @@ def line_chart(
         across: What the horizontal axis counts.
         up: What the vertical axis counts.
         points: Mark each of the points.
+        within: Ends of the vertical axis; None takes those of the values.
 
     Returns:
         An RGB image on white.
     """
     xs = [x for line in series.values() for x, _ in line]
     ys = [y for line in series.values() for _, y in line]
-    plot = _Plot((min(xs), max(xs)), (min(ys), max(ys)), across, up)
+    plot = _Plot((min(xs), max(xs)), within or (min(ys), max(ys)), across, up)
     for number, line in enumerate(series.values()):
         colour = COLOURS[number % len(COLOURS)]
         places = [plot.at(x, y) for x, y in line]

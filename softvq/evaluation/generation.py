@@ -323,4 +323,8 @@ def _chart(rows: Sequence[Mapping[str, Any]], key: str, by_steps: bool) -> Image
     title = "number of steps" if by_steps else "guidance scale"
     # the font of charts has no accents
     label = unicodedata.normalize("NFKD", rows[0]["labels"].get(key, key)).encode("ascii", "ignore").decode()
-    return line_chart({name: sorted(line) for name, line in series.items()}, across=title, up=label, points=True)
+    lines = {name: sorted(line) for name, line in series.items()}
+    # shares have their whole range, and a distance starts from 0, so that small differences look small
+    highest = 1.0 if key in ("precision", "recall") else max(row["figures"][key] for row in rows)
+    within = (0.0, highest) if highest > 0 else None
+    return line_chart(lines, across=title, up=label, points=True, within=within)

@@ -169,25 +169,27 @@ def check_different(samples: SetFeatures, reference: SetFeatures) -> None:
         )
 
 
-def comparable(results: Sequence[Mapping[str, Any]]) -> None:
+def comparable(results: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None) -> None:
     """Refuse results that must not stand side by side.
 
     Args:
         results: Of one kind, as the commands write them, each with what `provenance` gave.
+        names: What to call them; None numbers them from 1.
 
     Raises:
         InputError: If they differ in protocol, networks, reference, size or number of images; the first such field is
-            named. Results are numbered from 1.
+            named.
     """
     first: dict[str, Any] = {}
-    for number, result in enumerate(results, 1):
-        fields = _compared(result, number)
+    titles = list(names or (f"result {number}" for number in range(1, len(results) + 1)))
+    for title, result in zip(titles, results, strict=True):
+        fields = _compared(result, title)
         first = first or fields
         for field, value in fields.items():
             if value != first[field]:
                 raise InputError(
-                    f"results 1 and {number} cannot be compared: {field} is {first[field]} and {value}; evaluate "
-                    "both in the same way"
+                    f"{titles[0]} and {title} cannot be compared: {field} is {first[field]} and {value}; evaluate both "
+                    "in the same way"
                 )
 
 
@@ -361,7 +363,7 @@ def _is_same_file(samples: ImageSet, reference: ImageSet) -> bool:
     return Path(samples.source).resolve() == Path(reference.source).resolve()
 
 
-def _compared(result: Mapping[str, Any], number: int) -> dict[str, Any]:
+def _compared(result: Mapping[str, Any], title: str) -> dict[str, Any]:
     """Return the fields that must agree, the most telling first."""
     try:
         origin = result["provenance"]
@@ -379,11 +381,10 @@ def _compared(result: Mapping[str, Any], number: int) -> dict[str, Any]:
         }
     except (IndexError, KeyError, TypeError) as error:
         raise InputError(
-            f"result {number} does not say what was compared with what ({type(error).__name__}: {error}); "
-            "evaluate again"
+            f"{title} does not say what was compared with what ({type(error).__name__}: {error}); evaluate again"
         ) from error
     if not fields["reference"]:
-        raise InputError(f"result {number} has no fingerprint of its reference; evaluate again")
+        raise InputError(f"{title} has no fingerprint of its reference; evaluate again")
     return fields
 
 

@@ -45,8 +45,8 @@ LATENT_LABELS = {
     "bits_per_pixel": "bits per pixel of float16 latents",
     "compression_ratio": "compression of raw RGB to float16 latents",
     "code_bits_per_pixel": "bits per pixel of the likeliest codewords alone",
-    "codebook_usage": "share of codewords in use",
-    "codebook_perplexity": "perplexity of the codebook",
+    "codebook_usage": "share of codewords that are some token's likeliest",
+    "codebook_perplexity": "perplexity of the mean posterior",
     "posterior_entropy": "entropy of a token's posterior in nats",
     "codewords": "codewords",
     "dead_codewords": "codewords that are no token's likeliest",
@@ -86,6 +86,10 @@ def image_row(names: Sequence[str], table: Float[Tensor, "image figure"]) -> dic
         labels["psnr_of_mean_error"] = "PSNR of the mean error in dB"
     equal = int((table[:, list(names).index("mse")] == 0).sum())
     warnings = []
+    if len(table) < FEWEST_FOR_INTERVALS:
+        warnings.append(f"{len(table)} images are too few for intervals, which take at least {FEWEST_FOR_INTERVALS}")
+    if "mean_colour_psnr" in figures and figures["psnr"] < figures["mean_colour_psnr"]:
+        warnings.append("the mean colour of each photograph is nearer to it; see whether these are its reconstructions")
     if equal:
         warnings.append(
             f"{equal} of {len(table)} reconstructions equal their photographs; their PSNR is that of a difference by "
