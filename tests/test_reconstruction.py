@@ -153,10 +153,11 @@ def test_distances_that_do_not_exist(text: str, size: int, names: str) -> None:
 
 def test_no_distance() -> None:
     assert load_distance("none", (4, 4)) is None
-    before = torch.backends.cudnn.allow_tf32
+    convolution: Any = torch.backends.cudnn.conv
+    before = convolution.fp32_precision
     with full_precision():
-        assert not torch.backends.cudnn.allow_tf32
-    assert torch.backends.cudnn.allow_tf32 == before
+        assert convolution.fp32_precision == "ieee"
+    assert convolution.fp32_precision == before
 
 
 def test_what_comes_back_is_what_is_saved(tmp_path: Path) -> None:

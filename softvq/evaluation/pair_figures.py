@@ -156,12 +156,12 @@ def full_precision() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    cudnn = torch.backends.cudnn
-    before, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    convolution: Any = torch.backends.cudnn.conv  # the older switch raises where this one was used
+    before, convolution.fp32_precision = convolution.fp32_precision, "ieee"
     try:
         yield
     finally:
-        cudnn.allow_tf32 = before
+        convolution.fp32_precision = before
 
 
 def _lpips(name: str) -> nn.Module:
