@@ -156,7 +156,8 @@ def full_precision() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    convolution: Any = torch.backends.cudnn.conv  # the older switch raises where this one was used
+    backends: Any = torch.backends
+    convolution = backends.cudnn.conv  # the older switch raises where this one was used
     before, convolution.fp32_precision = convolution.fp32_precision, "ieee"
     try:
         yield
