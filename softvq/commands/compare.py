@@ -133,7 +133,7 @@ def _wrong(found: Any) -> str | None:
         return f"kind is not {' or '.join(KINDS)}"
     if not isinstance(found.get("provenance"), dict):
         return "provenance is missing"
-    if found.get("protocol") not in PROTOCOLS or found["provenance"].get("protocol") != found["protocol"]:
+    if found.get("protocol") not in list(PROTOCOLS) or found["provenance"].get("protocol") != found["protocol"]:
         return "protocol is none of this program's"
     rows, validation = found.get("rows"), found.get("validation")
     if not isinstance(rows, list) or not rows:
