@@ -76,6 +76,13 @@ def make_model(folder: Path, seed: int = 0) -> ImageTokenizer:
     return tokenizer
 
 
+def work_beside(made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Change into an empty folder, with a link to everything that was made once for all tests."""
+    monkeypatch.chdir(folder)
+    for path in made.iterdir():
+        (folder / path.name).symlink_to(path)
+
+
 def photograph(height: int = 48, width: int = 40, seed: int = 0) -> Image.Image:
     """Draw smooth colours with a little noise: a picture that no encoder of files can make perfect."""
     generator = np.random.default_rng(seed)

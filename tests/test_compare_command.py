@@ -113,6 +113,13 @@ def test_a_stranger_can_say_nothing_in_the_table(program: Program) -> None:
     assert program("evaluate", "compare", "odd", "two", "--out", "out").code == 0
     expected = r"| F\|D &lt;script&gt; \!\[p\]\(https://x\) \*\*9\*\* |"
     assert expected in Path("out/compare.md").read_text()
+    row["labels"]["frechet_distance"] = r"a_b `c` # ~d~ \ & e"
+    row["settings"] = {"[x](y)": 1, "steps": None}
+    save("<b>", generation(row))
+    assert program("evaluate", "compare", "<b>", "two", "--out", "out", "--overwrite").code == 0
+    text = Path("out/compare.md").read_text()
+    assert r"| a\_b \`c\` \# \~d\~ \\ &amp; e |" in text
+    assert r"| &lt;b&gt; | \[x\]\(y\) 1 |" in text
 
 
 def test_what_is_there_is_left(program: Program) -> None:
@@ -138,6 +145,12 @@ def both_protocols(name: str) -> Change:
         result["protocol"] = result["provenance"]["protocol"] = name
 
     return change
+
+
+def both(name: str) -> dict[str, Any]:
+    result = generation(generation_row(1, 2.0, 0.5))
+    both_protocols(name)(result)
+    return result
 
 
 @pytest.mark.parametrize(
@@ -169,11 +182,15 @@ def test_results_that_must_not_stand_side_by_side(program: Program, change: Chan
         ('{"kind": "generation", "rows": []}', ("provenance is missing",)),
         (json.dumps(generation(generation_row(1, 2.0, 0.5), protocol="<img>")), ("protocol is none",)),
         (json.dumps(generation(generation_row(1, 2.0, 0.5), protocol="val50k-center256")), ("protocol is none",)),
+        (json.dumps(both("nonsense")), ("protocol is none",)),
         (json.dumps(generation()), ("rows",)),
         (json.dumps(generation(3)), ("a row is none",)),
         (json.dumps(generation({**generation_row(1, 2.0, 0.5), "figures": {}})), ("has no figures",)),
         (json.dumps(generation({**generation_row(1, 2.0, 0.5), "labels": {"x": "\ud800"}})), ("no text",)),
+        (json.dumps(generation({**generation_row(1, 2.0, 0.5), "labels": {"x": "a\x1b[2J"}})), ("no text",)),
+        (json.dumps(generation({**generation_row(1, 2.0, 0.5), "labels": {"x": 3}})), ("no text",)),
         (json.dumps(generation({**generation_row(1, 2.0, 0.5), "settings": {"x": 10**400}})), ("no finite number",)),
+        (json.dumps(generation({**generation_row(1, 2.0, 0.5), "settings": {"x": "1"}})), ("no finite number",)),
         (json.dumps(generation({"network": None})), ("settings, figures or labels",)),
         (json.dumps(generation(generation_row(1, float("nan"), 0.5))), ("no finite number",)),
         (json.dumps(generation(generation_row(1, 10**400, 0.5))), ("no finite number",)),

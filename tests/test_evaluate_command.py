@@ -14,7 +14,7 @@ from softvq.evaluation.probing import evenly
 from softvq.files import write_tensors
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from tests.generators import make_generator
-from tests.program import DIM, SIZE, TOKENS, Program, contents, make_model, photograph
+from tests.program import DIM, SIZE, TOKENS, Program, contents, make_model, photograph, work_beside
 from tests.test_page import Page
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
@@ -45,9 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def program(made: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
-    monkeypatch.chdir(tmp_path)
-    for path in made.iterdir():
-        Path(path.name).symlink_to(path)
+    work_beside(made, tmp_path, monkeypatch)
     return Program(capsys)
 
 

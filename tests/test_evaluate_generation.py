@@ -12,12 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from softvq.commands import evaluate_generation
+from softvq.errors import RunError
 from softvq.evaluation.image_sets import open_images, pixel_fingerprint
 from softvq.evaluation.scores import precision_recall
 from softvq.pipeline import GenerationPipeline
 from tests.generators import make_generator
 from tests.looking import DIM, PLACES, inception, network, pictures, save_folder, save_npz
-from tests.program import SIZE, Program, contents, make_model
+from tests.program import SIZE, Program, contents, make_model, work_beside
 
 N = 24
 FIGURES = {
@@ -54,9 +55,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def program(made: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
-    monkeypatch.chdir(tmp_path)
-    for path in made.iterdir():
-        Path(path.name).symlink_to(path)
+    work_beside(made, tmp_path, monkeypatch)
     Path("run").mkdir()
     Path("run/generator").symlink_to(made / "sit")
     monkeypatch.setattr(evaluate_generation, "networks_of", networks)
@@ -202,12 +201,22 @@ def test_what_must_be_known_stands_with_every_row(program: Program) -> None:
     assert any("holds the same images as the samples" in warning for warning in same["rows"][0]["warnings"])
 
 
+def test_figures_are_kept_where_pictures_cannot_be_made(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: object) -> None:
+        raise RunError("no picture")
+
+    monkeypatch.setattr(evaluate_generation, "picture_grid", fails)
+    assert program("evaluate", "generation", "fake", "real", "--features", "net", "--out", "report").code != 0
+    assert set(contents(Path("report"))) == {"generation.json"}
+    assert json.loads(Path("report/generation.json").read_text())["rows"][0]["figures"]["frechet_distance"] > 0
+
+
 def test_a_recipe_that_is_no_json_is_told_before_anything_is_done(program: Program) -> None:
     Path("odd").mkdir()
     for path in Path("fake").iterdir():
         shutil.copy(path, Path("odd") / path.name)
     Path("odd/recipe.json").write_text('{"n": 24, "model": "m", "loss": NaN}')
-    program.refuses("evaluate", "generation", "odd", "real", "--features", "net", names=("recipe.json", "remove it"))
+    program.refuses("evaluate", "generation", "odd", "real", "--features", "net", names=("no whole JSON", "remove it"))
 
 
 def test_adms_statistics_stand_for_the_images_they_are_of(program: Program) -> None:
@@ -298,6 +307,7 @@ def test_what_is_there_is_left_as_it_is(program: Program) -> None:
         (("sit", "adm.npz", "--protocol", "adm-256-train50k", "--n", "9"), ("sit", "9 images", "50000")),
         (("fake", "real", "--protocol", "val50k-center256"), ("fake", "24 images", "50000")),
         (("fake", "real", "--out", "real"), ("real: lies in real",)),
+        (("fake", "real", "--out", "real/report"), ("real/report: lies in real",)),
         (("fake", "real", "--out", "fake/report"), ("fake/report: lies in fake",)),
         (("fake", "real", "--validation", "val", "--out", "val/report"), ("lies in val",)),
         (("run", "real"), ("run: is the folder of a run", "run/generator")),

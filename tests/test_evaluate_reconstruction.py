@@ -22,7 +22,7 @@ from softvq.evaluation.set_figures import set_figures
 from softvq.files import write_tensors
 from softvq.losses.perceptual import PerceptualDistance
 from softvq.tokenizers.autoencoder import ImageTokenizer
-from tests.program import SIZE, Program, contents, make_model, photograph
+from tests.program import SIZE, Program, contents, make_model, photograph, work_beside
 from tests.ranks import free_ports, run_as_ranks
 from tests.test_page import Page
 
@@ -54,9 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def program(made: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
-    monkeypatch.chdir(tmp_path)
-    for path in made.iterdir():
-        Path(path.name).symlink_to(path)
+    work_beside(made, tmp_path, monkeypatch)
     return Program(capsys)
 
 

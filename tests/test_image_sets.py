@@ -319,14 +319,16 @@ def test_bad_latents_are_refused_in_one_sentence(tmp_path: Path, monkeypatch: py
     refuse("not a whole safetensors file")
 
 
-def test_what_is_made_is_made_in_the_thread_that_asks() -> None:
+@pytest.mark.parametrize("kind", ["memory", "latents"])
+def test_what_is_made_is_made_in_the_thread_that_asks(kind: Any) -> None:
     threads: set[threading.Thread] = set()
 
     def items(start: int, stop: int) -> Iterator[np.ndarray]:
         threads.add(threading.current_thread())
         yield from np.zeros((stop - start, 8, 8, 3), dtype=np.uint8)
 
-    made = dataclasses.replace(in_memory(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), "made"), items=items)
+    black = in_memory(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), "made")
+    made = dataclasses.replace(black, items=items, kind=kind)
     assert sum(len(batch.places) for batch in made.batches(2, workers=3)) == 5
     assert threads == {threading.current_thread()}
 

@@ -112,6 +112,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         "val: holds 10000 images, but .* exactly 50000",
     ),
     "val: made by a network": (VALIDATION, {"reference": images("val", kind="latents")}, "val: is made by a network"),
+    "val: in memory": (VALIDATION, {"reference": images("val", kind="memory")}, "val: is made by a network"),
     "val: too few samples": (VALIDATION, {"samples": images(count=5)}, "samples: holds 5 images"),
     "val: not cropped": (VALIDATION, {"reference": photographs(crop="none")}, "val: its photographs are not cropped"),
     "val: other size": (
@@ -264,6 +265,17 @@ def test_a_mixture_is_refused_by_its_first_difference(case: str) -> None:
         InputError, match=f"^result 1 and result 3 cannot be compared: {message}[^.]*; evaluate both in the same"
     ):
         comparable([one, one, changed(one, path, value)])
+
+
+def test_every_set_of_samples_and_both_prints_of_a_reference_count() -> None:
+    one = changed(result(), "provenance.reference.statistics", "ab" * 32)
+    other = changed(one, "provenance.reference.pixels", "00" * 32)
+    with pytest.raises(InputError, match=r"reference is (ab){32} and [0-9a-f]{64} and (ab){32} and 0{64}"):
+        comparable([one, other])
+    sample = one["provenance"]["samples"][0]
+    two = changed(one, "provenance.samples", [sample, dict(sample)])
+    with pytest.raises(InputError, match="size of images is 8x8 and 16x16 and 8x8"):
+        comparable([two, changed(two, "provenance.samples.1.size", [16, 16])])
 
 
 @pytest.mark.parametrize(

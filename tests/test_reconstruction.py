@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import lpips
 import numpy as np
 import pytest
 import torch
@@ -17,7 +16,7 @@ from softvq.config import from_dict
 from softvq.data.images import to_image
 from softvq.errors import InputError, RunError
 from softvq.evaluation.image_sets import ImageSet, in_memory, pixel_fingerprint
-from softvq.evaluation.pair_figures import figure_names, full_precision, load_distance, pair_figures
+from softvq.evaluation.pair_figures import figure_names, load_distance, pair_figures
 from softvq.evaluation.reconstruction import Meter, Reconstructions, check_pairs, names_of, rebuilt
 from softvq.evaluation.reconstruction_report import (
     figures_table,
@@ -86,28 +85,6 @@ def test_small_pictures_have_fewer_figures() -> None:
         assert all(float(found[name]) == pytest.approx(1) for name in more)
 
 
-@pytest.mark.parametrize(("name", "trunk"), [("alex", "alexnet"), ("vgg", "vgg16")])
-def test_lpips_is_that_of_its_authors(name: str, trunk: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = getattr(torchvision.models, trunk)
-    network = _random(build)
-    monkeypatch.setattr(torchvision.models, trunk, lambda **_: network)
-    distance = load_distance(f"lpips-{name}", (40, 40))
-    assert distance is not None
-    known = lpips.LPIPS(net=name, pnet_rand=True, verbose=False).eval()
-    known.net = type(known.net)(pretrained=True)
-    a, b = noise(3, 40, 1), noise(3, 40, 2)
-    expected = known(*(pixels.float() / 127.5 - 1 for pixels in (a, b))).flatten()
-    found = pair_figures(b, a, distance)[f"lpips_{name}"]
-    torch.testing.assert_close(found, expected.detach().double(), rtol=1e-4, atol=1e-6)
-    assert float(expected.detach().std()) > 0
-
-
-def _random(build: Any) -> torch.nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return build(weights=None)
-
-
 def test_a_trunk_that_cannot_be_had_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(**_: Any) -> None:
         raise OSError("no way\nto the network")
@@ -153,11 +130,6 @@ def test_distances_that_do_not_exist(text: str, size: int, names: str) -> None:
 
 def test_no_distance() -> None:
     assert load_distance("none", (4, 4)) is None
-    convolution: Any = torch.backends.cudnn.conv
-    before = convolution.fp32_precision
-    with full_precision():
-        assert convolution.fp32_precision == "ieee"
-    assert convolution.fp32_precision == before
 
 
 def test_what_comes_back_is_what_is_saved(tmp_path: Path) -> None:
@@ -261,7 +233,12 @@ def test_pairs_that_do_not_belong_together() -> None:
     assert names_of(data) == ["a/x.JPEG", "b.webp"]
     assert names_of(in_memory(noise(2, 12), "photos")) == ["000000", "000001"]
     for names in (None, ["a/x.png", "b.png"], ["a/x.JPEG.png", "b.webp.png"], ["a/x.JPEG", "b.webp"]):
-        check_pairs(data, in_memory(noise(2, 12), "made", names))
+        warning = check_pairs(data, in_memory(noise(2, 12), "made", names))
+        assert (warning is None) == (names is not None)
+    unsure = "has no names of images: pairs are made in the order in which they lie"
+    nameless = in_memory(noise(2, 12), "photos")
+    assert check_pairs(data, in_memory(noise(2, 12), "made")) == f"made or photos {unsure}"
+    assert check_pairs(nameless, in_memory(noise(2, 12), "made", ["a.png", "b.png"])) == f"made or photos {unsure}"
     for size, names, sentence in (
         (12, ["a/x.png", "c.png"], r"made: has 'c.png' where photos has 'b.webp'"),
         (12, ["x.png", "b.png"], r"made: has 'x.png' where photos has 'a/x.JPEG'"),
@@ -282,6 +259,7 @@ def test_means_have_intervals_where_there_are_images_enough() -> None:
     half = 1.959964 * of_30.std(ddof=1) / math.sqrt(30)
     assert row["intervals_95"]["psnr"] == pytest.approx([of_30.mean() - half, of_30.mean() + half], rel=1e-6)
     assert set(row["intervals_95"]) == {"psnr"}  # of the other too few are finite
+    assert image_row(names, table.repeat(8, 1)[:29])["intervals_95"] == {}
     row = image_row(names, table)
     assert row["intervals_95"] == {}
     assert row["figures"]["psnr"] == pytest.approx(values[:, 1].mean())
@@ -290,6 +268,7 @@ def test_means_have_intervals_where_there_are_images_enough() -> None:
     few, warning = row["warnings"]
     assert few.startswith("4 images are too few for intervals")
     assert warning.startswith("1 of 4 reconstructions equal their photographs; their PSNR is that of a difference by")
+    assert warning.endswith(" by one level in one value")
     assert set(row["labels"]) == set(row["figures"])
 
 

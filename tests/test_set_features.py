@@ -18,10 +18,7 @@ from softvq.evaluation import set_features as module
 from softvq.evaluation.adm_statistics import adm_statistics, is_adm_statistics, with_images
 from softvq.evaluation.extractors import Extractor, extractor
 from softvq.evaluation.image_sets import ImageSet, in_memory, open_images, pixel_fingerprint
-from softvq.evaluation.set_features import (
-    SetFeatures,
-    set_features,
-)
+from softvq.evaluation.set_features import SetFeatures, set_features
 from softvq.evaluation.set_figures import set_figures
 from softvq.training import distributed
 from tests.looking import DIM, PLACES, SIDE, inception, network, pictures, save_folder, save_npz

@@ -115,7 +115,12 @@ def test_pictures_are_resized_as_pillow_does_it(kind: str, height: int, width: i
     assert torch.equal(ours, ours.round())  # as 8-bit pictures are resized
     assert ours.amin() >= 0
     assert ours.amax() <= 255
-    torch.testing.assert_close(ours, theirs.clamp(0, 255), rtol=0, atol=0.506)
+    photo = Image.fromarray(image[0].permute(1, 2, 0).numpy())
+    for bounds in ((tower.size, height), side):  # across first: newer Pillow takes the cheaper order, older ones this
+        photo = photo.resize(bounds, Image.Resampling.BICUBIC)
+    theirs = torch.tensor(np.array(photo)).permute(2, 0, 1).float()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1)
+    assert (ours != theirs).float().mean() < 0.02  # its weights are whole numbers
 
 
 def test_pictures_of_the_right_size_are_not_touched() -> None:

@@ -4,9 +4,10 @@ import argparse
 
 from softvq.arguments.shared import Commands, add_command, add_machine, add_model, natural, positive
 
-__all__ = ["PROTOCOLS", "add_evaluate"]
+__all__ = ["PROTOCOLS", "RECONSTRUCTION_PROTOCOLS", "add_evaluate"]
 
 PROTOCOLS = ("folder", "adm-256-train50k", "val50k-center256")
+RECONSTRUCTION_PROTOCOLS = ("folder", "val50k-center256")
 
 
 def add_evaluate(commands: Commands) -> None:
@@ -45,7 +46,7 @@ def _add_reconstruction(kinds: Commands) -> None:
         help="auto, none, st-lpips[=FILE], lpips-vgg or lpips-alex (default: auto, st-lpips where it is installed)",
     )
     command.add_argument("--worst", type=positive, default=16, metavar="N", help="show so many (default: 16)")
-    _add_sets(command, "reconstruction-report")
+    _add_sets(command, "reconstruction-report", RECONSTRUCTION_PROTOCOLS)
 
 
 def _add_generation(kinds: Commands) -> None:
@@ -80,12 +81,16 @@ def _add_generation(kinds: Commands) -> None:
     )
     command.add_argument("--size", type=positive, metavar="N", help="side of the images (default: that of SAMPLES)")
     command.add_argument("--crop", action="store_true", help="centre-crop photographs to that size, as ADM does")
-    _add_sets(command, "generation-report")
+    _add_sets(command, "generation-report", PROTOCOLS)
 
 
-def _add_sets(command: argparse.ArgumentParser, out: str) -> None:
+def _add_sets(command: argparse.ArgumentParser, out: str, protocols: tuple[str, ...]) -> None:
     command.add_argument(
-        "--protocol", choices=PROTOCOLS, default="folder", help="what is compared with what (default: folder)"
+        "--protocol",
+        choices=PROTOCOLS,
+        default="folder",
+        metavar="NAME",
+        help=f"what is compared with what: {', '.join(protocols)} (default: folder)",
     )
     command.add_argument(
         "--features",

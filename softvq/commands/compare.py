@@ -146,11 +146,11 @@ def _wrong(found: Any) -> str | None:
 def _wrong_row(row: Any) -> str | None:
     if not isinstance(row, dict) or not isinstance(row.get("network"), str | None):
         return "a row is none"
-    fields = [row.get(name) for name in ("settings", "figures", "labels")]
-    if not all(isinstance(field, dict) for field in fields):
+    if not all(isinstance(row.get(name), dict) for name in ("settings", "figures", "labels")):
         return "a row lacks settings, figures or labels"
-    if not row["figures"] or not all(isinstance(text, str) and text.isprintable() for text in row["labels"].values()):
-        return "a row has no figures, or labels that are no text"
+    texts = [row["network"] or "", *row["settings"], *row["figures"], *row["labels"], *row["labels"].values()]
+    if not row["figures"] or not all(isinstance(text, str) and text.isprintable() for text in texts):
+        return "a row has no figures, or names and labels that are no text"
     settings = [value for value in row["settings"].values() if value is not None]
     numbers = [*row["figures"].values(), *settings]
     if any(

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from softvq.commands.common import check_output, machine_name, messages, results
-from softvq.commands.evaluate_shared import check_apart, networks_of, print_figures
+from softvq.commands.common import machine_name, results
+from softvq.commands.evaluate_shared import bar_of_rank, check_report, networks_of, print_figures
 from softvq.commands.judged_samples import open_samples
-from softvq.data.images import SUFFIXES
 from softvq.errors import InputError
 from softvq.evaluation.adm_statistics import adm_statistics, is_adm_statistics, with_images
 from softvq.evaluation.extractors import Extractor
@@ -42,7 +40,7 @@ from softvq.evaluation.protocols import (
 from softvq.evaluation.set_features import SetFeatures, set_features, thinned
 from softvq.evaluation.set_figures import set_figures
 from softvq.files import replacing, write_json, write_text
-from softvq.ranks import is_main, rank, world_size
+from softvq.ranks import is_main, world_size
 from softvq.training.distributed import choose_device, join, leave
 
 __all__ = ["generation"]
@@ -72,10 +70,7 @@ class _Judged:
 def generation(arguments: argparse.Namespace) -> None:
     """Compare generated images with photographs, and write a report."""
     out = Path(arguments.out)
-    if out.is_file() or out.suffix.lower() in SUFFIXES:
-        raise InputError(f"{out}: is to be a folder of results; give the name of one")
-    check_apart(out, arguments.samples, arguments.reference, arguments.validation)
-    check_output(out, arguments.overwrite)
+    check_report(out, arguments.overwrite, arguments.samples, arguments.reference, arguments.validation)
     device = choose_device(arguments.device)
     join(device)
     try:
@@ -118,11 +113,11 @@ def _evaluate(arguments: argparse.Namespace, device: torch.device, out: Path) ->
     if not is_main():
         return
     for judged in found:
-        if own is not None and judged.about["pixels"] == own.about["pixels"]:
-            remarks.append(f"{arguments.validation}: holds the same images as the samples, which explains ratios of 1")
+        same = own is not None and judged.about["pixels"] == own.about["pixels"]
+        told = [f"{arguments.validation}: holds the same images as the samples, which explains ratios of 1"] * same
         _add_ratios(judged, own)
-    for row in (row for judged in found for row in judged.rows):
-        row["warnings"][:0] = remarks
+        for row in judged.rows:
+            row["warnings"][:0] = [*remarks, *told]
     record = provenance(
         protocol,
         networks=networks,
@@ -204,21 +199,10 @@ def _seen(
     networks: Sequence[Extractor],
     keep: Callable[[ImageBatch], Any] | None = None,
 ) -> list[SetFeatures]:
-    """Look at all images of a set, with a bar for the share of the first rank."""
-    console = messages()
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    is_shown = is_main() and console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not is_shown) as bar:
-        share = (rank() + 1) * images.count // world_size() - rank() * images.count // world_size()
-        task = bar.add_task(label, total=share)
-        return set_features(
-            images,
-            networks,
-            batch_size=arguments.batch_size,
-            workers=arguments.workers,
-            progress=lambda number: bar.advance(task, number),
-            keep=keep,
-        )
+    """Look at all images of a set, with a bar."""
+    options = {"batch_size": arguments.batch_size, "workers": arguments.workers}
+    with bar_of_rank(label, images.count) as forward:
+        return set_features(images, networks, progress=forward, keep=keep, **options)
 
 
 def _judged(

@@ -1,28 +1,25 @@
 """How near reconstructions are to their photographs: `softvq evaluate reconstruction`."""
 
 import argparse
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from softvq.commands.common import check_output, choose_size, load_tokenizer, machine_name, messages, results
-from softvq.commands.evaluate_shared import check_apart, networks_of, print_figures
-from softvq.data.images import SUFFIXES
+from softvq.commands.common import choose_size, load_tokenizer, machine_name, messages, results
+from softvq.commands.evaluate_shared import bar_of_rank, check_report, networks_of, print_figures
 from softvq.data.latent_cache import HEADER
 from softvq.errors import InputError
 from softvq.evaluation import reconstruction_report as report
 from softvq.evaluation.adm_statistics import is_adm_statistics
-from softvq.evaluation.extractors import Extractor
+from softvq.evaluation.extractors import Extractor, whole_float32
 from softvq.evaluation.image_sets import ImageBatch, ImageSet, open_images, picked
-from softvq.evaluation.pair_figures import DISTANCES, LABELS, Distance, figure_names, full_precision, load_distance
+from softvq.evaluation.pair_figures import DISTANCES, LABELS, Distance, figure_names, load_distance
 from softvq.evaluation.probing import evenly
 from softvq.evaluation.protocols import PROTOCOLS, check_protocol, described, provenance
 from softvq.evaluation.reconstruction import Meter, Reconstructions, check_pairs, names_of, rebuilt
@@ -30,7 +27,7 @@ from softvq.evaluation.report import report_page
 from softvq.evaluation.set_features import set_features
 from softvq.evaluation.set_figures import set_figures
 from softvq.files import replacing, write_json, write_text
-from softvq.ranks import is_main, rank, world_size
+from softvq.ranks import is_main
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.training.distributed import choose_device, join, leave
 
@@ -42,10 +39,7 @@ NO_MODEL = "-"
 def reconstruction(arguments: argparse.Namespace) -> None:
     """Compare photographs with what a tokenizer makes of them, and write a report."""
     out = Path(arguments.out)
-    if out.is_file() or out.suffix.lower() in SUFFIXES:
-        raise InputError(f"{out}: is to be a folder of results; give the name of one")
-    check_apart(out, arguments.data, arguments.reconstructions)
-    check_output(out, arguments.overwrite)
+    check_report(out, arguments.overwrite, arguments.data, arguments.reconstructions)
     device = choose_device(arguments.device)
     join(device)
     try:
@@ -82,7 +76,7 @@ def _evaluate(arguments: argparse.Namespace, device: torch.device, out: Path) ->
     remarks = check(samples=made, networks=given.networks)
     unsure = None if pairs.made is None else check_pairs(data, pairs.made)
     remarks += [] if unsure is None else [unsure]
-    with full_precision():
+    with whole_float32(device):
         sets = _measured(arguments, given, made, meter)
         if not is_main():
             return
@@ -155,9 +149,9 @@ def _measured(arguments: argparse.Namespace, given: _Given, made: ImageSet, mete
 
     reference = []
     if networks:
-        with _bar("photographs", data.count) as forward:
+        with bar_of_rank("photographs", data.count) as forward:
             reference = set_features(data, networks, progress=forward, **options)
-    with _bar("reconstructions", data.count) as forward:
+    with bar_of_rank("reconstructions", data.count) as forward:
         samples = set_features(made, networks, progress=forward, keep=keep, **options)
     meter.over_ranks()
     rows = []
@@ -167,18 +161,6 @@ def _measured(arguments: argparse.Namespace, given: _Given, made: ImageSet, mete
         row = {"name": network.name, "network": network.name, "settings": {}, "figures": found.values}
         rows.append({**row, "labels": labels, "warnings": found.warnings})
     return rows
-
-
-@contextlib.contextmanager
-def _bar(label: str, count: int) -> Iterator[Callable[[int], None]]:
-    """Draw how far this rank is, if it is the first and there is a terminal; give what moves the bar on."""
-    console = messages()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    share = (rank() + 1) * count // world_size() - rank() * count // world_size()
-    hidden = not is_main() or not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task(label, total=share)
-        yield lambda number: bar.advance(task, number)
 
 
 def _write(arguments: argparse.Namespace, out: Path, given: _Given, meter: Meter, rows: list[dict[str, Any]]) -> None:

@@ -1,36 +1,65 @@
 """What the commands that compare sets of images share: networks to look through, and a table of figures."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from softvq.commands.common import messages, results
+from softvq.commands.common import check_output, messages, results
+from softvq.data.images import SUFFIXES
 from softvq.errors import InputError
 from softvq.evaluation.extractors import Extractor, extractor
 from softvq.evaluation.protocols import PROTOCOLS
 from softvq.evaluation.set_figures import DEVIATION
+from softvq.ranks import is_main, rank, world_size
 
-__all__ = ["check_apart", "networks_of", "print_figures"]
+__all__ = ["bar_of_rank", "check_report", "networks_of", "print_figures"]
 
 
-def check_apart(out: Path, *sources: str | None) -> None:
-    """Refuse a folder for results that is, or lies in, one that images are read from.
+def check_report(out: Path, overwrite: bool, *sources: str | None) -> None:
+    """Refuse what cannot be the folder of a report, before any work is done.
 
     Args:
         out: Where results are to be written.
+        overwrite: Whether it may replace what is there.
         *sources: What is read; None for what is not given.
 
     Raises:
-        InputError: If the report's pictures would lie among those images, and count as some the next time.
+        InputError: If it is a picture's name or there already, or lies in a folder that images are read from: the
+            report's pictures would count as some of those the next time.
     """
+    if out.is_file() or out.suffix.lower() in SUFFIXES:
+        raise InputError(f"{out}: is to be a folder of results; give the name of one")
     for source in filter(None, sources):
         if out.resolve().is_relative_to(Path(source).resolve()):
             raise InputError(
                 f"{out}: lies in {source}, whose images the report's would be taken for; give another --out"
             )
+    check_output(out, overwrite)
+
+
+@contextlib.contextmanager
+def bar_of_rank(label: str, count: int) -> Iterator[Callable[[int], None]]:
+    """Draw how far this rank is, if it is the first and there is a terminal.
+
+    Args:
+        label: Before the bar.
+        count: Images of all ranks, of which this one has its share.
+
+    Yields:
+        What moves the bar on, by a number of images.
+    """
+    console = messages()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    share = (rank() + 1) * count // world_size() - rank() * count // world_size()
+    hidden = not is_main() or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task(label, total=share)
+        yield lambda number: bar.advance(task, number)
 
 
 def networks_of(features: Sequence[str], device: torch.device, protocol: str = "folder") -> list[Extractor]:

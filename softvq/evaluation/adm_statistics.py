@@ -13,7 +13,7 @@ import torch
 
 from softvq.errors import InputError
 from softvq.evaluation.extractors import Extractor
-from softvq.evaluation.npz_images import ARRAY, MAX_HEADER_BYTES, open_npz
+from softvq.evaluation.npz_images import ARRAY, MAX_HEADER_BYTES, archive_errors, array_header, open_npz
 from softvq.evaluation.set_features import SetFeatures
 
 __all__ = ["adm_statistics", "is_adm_statistics", "with_images"]
@@ -64,19 +64,13 @@ def adm_statistics(path: Path | str, network: Extractor) -> SetFeatures:
     shapes |= {"mu_s": (network.spatial_dim,), "sigma_s": (network.spatial_dim,) * 2}
     if not path.is_file():
         raise InputError(f"{path}: {'is a folder, expected an .npz file' if path.is_dir() else 'no such file'}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
-            wanted = STATISTICS if members & set(STATISTICS[2:]) else STATISTICS[:2]
-            missing = [name for name in wanted if name not in members]
-            if missing:
-                raise InputError(f"{path}: holds no {' and no '.join(missing)}, expected {', '.join(wanted)} as of ADM")
-            found = {name: _statistic(path, archive, name, shapes[name], network) for name in wanted}
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # an archive of hostile bytes fails in every way there is
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{path}: is no whole .npz file ({reason}); fetch it again") from error
+    with archive_errors(f"{path}: is no whole .npz file"), zipfile.ZipFile(path) as archive:
+        members = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
+        wanted = STATISTICS if members & set(STATISTICS[2:]) else STATISTICS[:2]
+        missing = [name for name in wanted if name not in members]
+        if missing:
+            raise InputError(f"{path}: holds no {' and no '.join(missing)}, expected {', '.join(wanted)} as of ADM")
+        found = {name: _statistic(path, archive, name, shapes[name], network) for name in wanted}
     images = open_npz(path) if ARRAY in members else None
     digest = hashlib.sha256()
     for name in wanted:
@@ -136,9 +130,7 @@ def _statistic(path: Path, archive: zipfile.ZipFile, name: str, shape: tuple[int
     info = archive.getinfo(f"{name}.npy")
     with archive.open(info) as member:
         head = io.BytesIO(member.read(MAX_HEADER_BYTES))
-        version = np.lib.format.read_magic(head)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        found, is_fortran, dtype = header(head)
+        found, is_fortran, dtype = array_header(head)
         if found != shape or dtype.kind != "f":
             raise InputError(
                 f"{path}: {name} is {dtype} {list(found)}, expected floats {list(shape)} as {network.name} gives them"

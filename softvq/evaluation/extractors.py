@@ -24,7 +24,7 @@ from softvq.evaluation.vision_extractors import SPATIAL_CHANNELS, VisionTower, c
 from softvq.files import read_tensors, sha256
 from softvq.hub import fingerprint
 
-__all__ = ["Extractor", "Looked", "extractor"]
+__all__ = ["Extractor", "Looked", "extractor", "whole_float32"]
 
 SHORT = {
     "Fréchet distance": "FID",
@@ -147,15 +147,22 @@ class Extractor:
             Features, logits and spatial features.
         """
         pixels = pixels.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, enabled=False), _whole_float32(self.device):
+        with torch.autocast(self.device.type, enabled=False), whole_float32(self.device):
             return Looked(*self.network(pixels))
 
 
 @contextlib.contextmanager
-def _whole_float32(device: torch.device) -> Iterator[None]:
+def whole_float32(device: torch.device) -> Iterator[None]:
     """Keep CUDA from rounding to TF32, as it does in convolutions unless told, so that figures are the same anywhere.
 
-    Of the 23 bits after the point TF32 keeps 10; published figures are of whole float32.
+    Of the 23 bits after the point TF32 keeps 10; published figures are of whole float32. It holds for all threads of
+    the process.
+
+    Args:
+        device: Where is computed; on the CPU there is nothing to do.
+
+    Yields:
+        Nothing.
     """
     if device.type != "cuda":
         yield
@@ -290,7 +297,7 @@ def _tower(kind: str, weights: str | None, pretrained: bool, device: torch.devic
         num_classes=None,
         sha256=tower.sha256,
         image_size=tower.size,
-        resize=f"bicubic, antialiased, to {tower.size}x{tower.size} px" + ", clipped" * tower.clips,
+        resize=f"bicubic, antialiased, to {tower.size}x{tower.size} px" + ", in bytes" * tower.rounds,
         is_fid_inception=False,
         published=published if is_published else {},
         device=device,

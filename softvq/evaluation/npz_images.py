@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 from softvq.data.images import MAX_PIXELS
 from softvq.errors import InputError
 
-__all__ = ["NpzImages", "open_npz", "read_npz"]
+__all__ = ["NpzImages", "archive_errors", "array_header", "open_npz", "read_npz"]
 
 ARRAY = "arr_0"
 MEMBER = f"{ARRAY}.npy"
@@ -62,19 +62,14 @@ def open_npz(path: Path) -> NpzImages:
     """
     if not path.is_file():
         raise InputError(f"{path}: {'is a folder, expected an .npz file' if path.is_dir() else 'no such file'}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if MEMBER not in names:
-                raise _missing(path, names)
-            info = archive.getinfo(MEMBER)
-            _check_member(path, info)
-            with archive.open(info) as member:
-                head = member.read(MAX_HEADER_BYTES)
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # an archive of hostile bytes fails in every way there is
-        raise InputError(f"{path}: is no whole .npz file ({_reason(error)}); fetch or write it again") from error
+    with archive_errors(f"{path}: is no whole .npz file"), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if MEMBER not in names:
+            raise _missing(path, names)
+        info = archive.getinfo(MEMBER)
+        _check_member(path, info)
+        with archive.open(info) as member:
+            head = member.read(MAX_HEADER_BYTES)
     shape, offset = _header(path, head)
     count, height, width, _ = shape
     if info.file_size != offset + math.prod(shape):
@@ -114,6 +109,44 @@ def read_npz(images: NpzImages, start: int, stop: int) -> Generator[UInt8[np.nda
             yield pixels.reshape(images.height, images.width, 3)
 
 
+@contextlib.contextmanager
+def archive_errors(sentence: str) -> Iterator[None]:
+    """Say in a sentence whatever goes wrong with an archive from strangers.
+
+    Args:
+        sentence: Where, and what it means; the reason is put behind it.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InputError: For every error but one of memory: hostile bytes make zipfile and numpy fail in every way there is.
+    """
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{sentence} ({reason}); fetch or write it again") from error
+
+
+def array_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Read the header of a numpy array.
+
+    Args:
+        file: The beginning of it; it is left behind the header.
+
+    Returns:
+        The shape, whether the order is Fortran's, and the type.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of headers that Python 2 wrote, which are fine
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return read(file)
+
+
 def _missing(path: Path, names: list[str]) -> InputError:
     arrays = {name.removesuffix(".npy") for name in names}
     if {"mu", "sigma"} <= arrays:
@@ -138,14 +171,8 @@ def _check_member(path: Path, info: zipfile.ZipInfo) -> None:
 def _header(path: Path, head: bytes) -> tuple[tuple[int, int, int, int], int]:
     """Return the shape that an array's header tells, and how long the header is."""
     file = io.BytesIO(head)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of headers that Python 2 wrote, which are fine
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, is_fortran, dtype = read(file)
-    except Exception as error:  # a header of hostile bytes fails in every way there is
-        raise InputError(f"{path}: {ARRAY} is no array of numpy ({_reason(error)}); {WANTED}") from error
+    with archive_errors(f"{path}: {ARRAY} is no array of numpy, {WANTED}"):
+        shape, is_fortran, dtype = array_header(file)
     if dtype.hasobject:
         raise InputError(f"{path}: {ARRAY} holds pickled objects, which are never opened; {WANTED}")
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
@@ -163,29 +190,18 @@ def _header(path: Path, head: bytes) -> tuple[tuple[int, int, int, int], int]:
 @contextlib.contextmanager
 def _member(images: NpzImages) -> Iterator[zipfile.ZipExtFile]:
     with contextlib.ExitStack() as stack:
-        try:
+        with archive_errors(f"{images.path}: cannot be opened any more"):
             archive = stack.enter_context(zipfile.ZipFile(images.path))
             member = stack.enter_context(archive.open(MEMBER))
-        except Exception as error:  # it could be opened before
-            raise InputError(f"{images.path}: cannot be opened any more ({_reason(error)}); look at it") from error
         assert isinstance(member, zipfile.ZipExtFile)
         yield member
 
 
 def _exactly(images: NpzImages, member: zipfile.ZipExtFile, length: int, place: int) -> bytes:
     """Return the next bytes, which an image needs; the last 4 KiB come only if the checksum is that of all."""
-    try:
+    where = f"at image {place} of {images.count}, counted from 0"
+    with archive_errors(f"{images.path}: is damaged or cut short {where}"):
         data = member.read(length)
-        reason = "it ends too early" if len(data) < length else None
-    except MemoryError:
-        raise
-    except Exception as error:  # a stream of hostile bytes fails in every way there is
-        data, reason = b"", _reason(error)
-    if reason is not None:
-        where = f"at image {place} of {images.count}, counted from 0"
-        raise InputError(f"{images.path}: is damaged or cut short {where} ({reason}); fetch or write it again")
+        if len(data) < length:
+            raise EOFError("it ends too early")
     return data
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -14,7 +14,7 @@ from PIL import Image
 from softvq.evaluation.metrics import compression_ratio, mean_colour_psnr, psnr, ssim
 from softvq.evaluation.pictures import Pictures, as_images, as_tensor
 
-__all__ = ["STYLE", "Reconstruction", "data_uri", "escaped", "measure", "reconstruction_page"]
+__all__ = ["Reconstruction", "data_uri", "escaped", "html_page", "measure", "reconstruction_page"]
 
 MAX_SIDE_PX = 1024  # larger pictures are shrunk, the page would grow by megabytes
 LOSSLESS_PIXELS = 512 * 512  # up to here PNG, above it JPEG
@@ -108,13 +108,29 @@ def reconstruction_page(title: str, items: Sequence[Reconstruction], facts: Mapp
     """
     assert items, "no photographs"
     rows = "\n".join(f'<tr><th scope="row">{escaped(k)}</th><td>{escaped(v)}</td></tr>' for k, v in facts.items())
-    return PAGE.substitute(
-        style=STYLE,
-        title=escaped(title),
-        summary="\n".join(_tile(label, value, note) for label, value, note in _summary(items)),
-        cards="\n".join(_card(item) for item in items),
-        facts=f"<h2>How this page was made</h2>\n<table>\n{rows}\n</table>" if rows else "",
+    facts_table = f"<h2>How this page was made</h2>\n<table>\n{rows}\n</table>" if rows else ""
+    return html_page(
+        title,
+        "Each photograph was encoded to a short row of tokens and decoded from nothing else.",
+        "\n".join(_tile(label, value, note) for label, value, note in _summary(items)),
+        MAIN.substitute(cards="\n".join(_card(item) for item in items), facts=facts_table),
     )
+
+
+def html_page(title: str, lead: str, summary: str, main: str, style: str = "") -> str:
+    """Return a whole page that fetches nothing and runs no script.
+
+    Args:
+        title: Heading, not escaped yet, as is the lead.
+        lead: One sentence below it.
+        summary: Tiles, as HTML.
+        main: What follows them, as HTML.
+        style: Rules that stand behind those of all pages.
+
+    Returns:
+        The text of the file.
+    """
+    return PAGE.substitute(title=escaped(title), lead=escaped(lead), summary=summary, main=main, style=STYLE + style)
 
 
 def _summary(items: Sequence[Reconstruction]) -> list[tuple[str, str, str]]:
@@ -249,21 +265,23 @@ PAGE = Template("""<!DOCTYPE html>
 <body>
 <header>
 <h1>$title</h1>
-<p class="lead">Each photograph was encoded to a short row of tokens and decoded from nothing else.</p>
+<p class="lead">$lead</p>
 </header>
 <main>
 <dl class="summary">
 $summary
 </dl>
-<section class="cards" aria-label="Photographs and their reconstructions">
+$main
+</main>
+</body>
+</html>
+""")
+
+MAIN = Template("""<section class="cards" aria-label="Photographs and their reconstructions">
 $cards
 </section>
 <h2>How to read the figures</h2>
 <p class="lead">PSNR is the mean squared error in decibels, higher is nearer; beside it stands what the photograph's
 mean colour alone would reach. SSIM compares local structure, 1 is equal. Compression is the bytes of raw RGB to the
 bytes of the tokens in float16.</p>
-$facts
-</main>
-</body>
-</html>
-""")
+$facts""")

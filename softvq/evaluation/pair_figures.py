@@ -3,10 +3,9 @@
 The pixels are those of files, of 8 bits: what is judged is what one would save.
 """
 
-import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,7 @@ from softvq.evaluation.metrics import legacy_ssim, mean_colour_psnr, ms_ssim, ss
 from softvq.hub import fingerprint
 from softvq.losses.perceptual import load_perceptual
 
-__all__ = ["DISTANCES", "LABELS", "Distance", "figure_names", "full_precision", "load_distance", "pair_figures"]
+__all__ = ["DISTANCES", "LABELS", "Distance", "figure_names", "load_distance", "pair_figures"]
 
 LABELS = {
     "mse": "mean squared error of 8-bit values",
@@ -119,7 +118,7 @@ def pair_figures(
 
     Both are exact: whole numbers are summed. Equal pictures have the PSNR of those that differ by one level in one
     value, 101 dB at 256 px, so that there is a mean over all. The others are computed in float32, see
-    `softvq.evaluation.metrics` and `full_precision`.
+    `softvq.evaluation.metrics` and `whole_float32`.
 
     Args:
         originals: RGB.
@@ -144,25 +143,6 @@ def pair_figures(
             elif distance is not None and name == distance.key:
                 found[name] = distance.network(a, b).reshape(len(a)).double()
     return found
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Let convolutions of float32 be computed in float32 within this block: cuDNN takes TF32, of 10 bits, by default.
-
-    The variances of SSIM are small differences of large numbers, of which TF32 leaves little. It holds for all threads
-    of the process.
-
-    Yields:
-        Nothing.
-    """
-    backends: Any = torch.backends
-    convolution = backends.cudnn.conv  # the older switch raises where this one was used
-    before, convolution.fp32_precision = convolution.fp32_precision, "ieee"
-    try:
-        yield
-    finally:
-        convolution.fp32_precision = before
 
 
 def _lpips(name: str) -> nn.Module:

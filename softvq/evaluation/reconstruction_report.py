@@ -35,8 +35,8 @@ __all__ = [
 SHOWN = 6
 """Pairs in a picture of the page."""
 NORMAL_95 = 1.959963984540054
-FEWEST_FOR_INTERVALS = 30
 """How many deviations on both sides of its mean hold 95 % of a normal distribution."""
+FEWEST_FOR_INTERVALS = 30
 LATENT_BITS = 16
 DEVIATION = "deviation of "
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
@@ -220,7 +220,7 @@ def pair_sheet(
     for place in places:
         values = dict(_row(names, table, place))
         extra = [f"{key.replace('_', '-')} {values[key]:.3f}" for key in names if "lpips" in key]
-        captions.append("  ".join([titles[place].rpartition("/")[2], _decibels(values["psnr"]), *extra]))
+        captions.append("  ".join([titles[place].rpartition("/")[2], f"{values['psnr']:.2f} dB", *extra]))
     return side_by_side([pictures[i][0] for i in places], [pictures[i][1] for i in places], captions)
 
 
@@ -301,7 +301,3 @@ def _row(names: Sequence[str], table: Tensor, place: int) -> list[tuple[str, flo
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _decibels(value: float) -> str:
-    return "equal" if value == math.inf else f"{value:.2f} dB"

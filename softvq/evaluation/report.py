@@ -2,11 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from string import Template
 
 from PIL import Image
 
-from softvq.evaluation.page import STYLE, data_uri, escaped
+from softvq.evaluation.page import data_uri, escaped, html_page
 
 __all__ = ["Section", "report_page"]
 
@@ -43,14 +42,8 @@ def report_page(
         The text of the file; all text is escaped, so it may come from strangers.
     """
     tiles = "\n".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>" for name, value in summary)
-    return REPORT_PAGE.substitute(
-        title=escaped(title),
-        lead=escaped(lead),
-        style=STYLE,
-        summary=tiles,
-        sections="\n".join(map(_section, sections)),
-        facts=_table(list(facts.items())),
-    )
+    main = [*map(_section, sections), "<h2>How this page was made</h2>", _table(list(facts.items()))]
+    return html_page(title, lead, tiles, "\n".join(main), REPORT_STYLE)
 
 
 def _section(section: Section) -> str:
@@ -76,32 +69,8 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
     return f"<table>\n{lines}\n</table>" if rows else ""
 
 
-REPORT_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>$title</title>
-<style>$style
+REPORT_STYLE = """
 section .lead { margin-bottom: 1rem; }
 section img { width: auto; max-width: 100%; }
 section table { margin-top: 1rem; }
-</style>
-</head>
-<body>
-<header>
-<h1>$title</h1>
-<p class="lead">$lead</p>
-</header>
-<main>
-<dl class="summary">
-$summary
-</dl>
-$sections
-<h2>How this page was made</h2>
-$facts
-</main>
-</body>
-</html>
-""")
+"""

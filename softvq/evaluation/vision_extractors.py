@@ -1,7 +1,8 @@
 """The two vision transformers that newer figures look through: DINOv2 for FD-DINOv2, CLIP for CMMD.
 
 Both are timm's. What they see and what is read from them follows the papers that named the figures, 2306.04675 and
-2401.09603 on arXiv: pictures are squeezed to the network's size with an antialiased bicubic, and stay floats.
+2401.09603 on arXiv: pictures are squeezed to the network's size with an antialiased bicubic, for DINOv2 in bytes as the
+Pillow of those days did it, for CLIP in floats.
 """
 
 from pathlib import Path
@@ -36,15 +37,15 @@ class VisionTower(nn.Module):
     Args:
         network: The transformer, with a class token.
         size: Side in pixels of what it sees.
-        clips: Take what resizing sends beyond black and white back to them.
+        rounds: Resize in bytes, as Pillow before 13: first across, then down, rounded and cut to 0 to 255 after each.
         projects: Give what the head makes of the class token, in place of the token itself.
         sha256: Fingerprint of the weights as they were read, before positions were fitted to the size.
     """
 
-    def __init__(self, network: Any, *, size: int, clips: bool, projects: bool, sha256: str) -> None:
+    def __init__(self, network: Any, *, size: int, rounds: bool, projects: bool, sha256: str) -> None:
         super().__init__()
         self.network = network.eval().requires_grad_(False)
-        self.size, self.clips, self.projects, self.sha256 = size, clips, projects, sha256
+        self.size, self.rounds, self.projects, self.sha256 = size, rounds, projects, sha256
         self.dim: int = network.num_classes if projects else network.embed_dim
         self.spatial_dim: int = network.patch_embed.num_patches * min(SPATIAL_CHANNELS, network.embed_dim)
         config = network.pretrained_cfg
@@ -56,9 +57,11 @@ class VisionTower(nn.Module):
     def seen(self, pixels: UInt8[Tensor, "batch 3 _height _width"]) -> Float[Tensor, "batch 3 _side _side"]:
         """Return what the transformer sees of pictures: resized without keeping the ratio of the sides, 0 to 255."""
         images = pixels.float()
-        if images.shape[2:] != (self.size, self.size):
-            images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True)
-            images = images.clamp(0, 255).round() if self.clips else images
+        if images.shape[2:] == (self.size, self.size):
+            return images
+        for size in ((images.shape[2], self.size), (self.size, self.size)) if self.rounds else ((self.size,) * 2,):
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
+            images = images.clamp(0, 255).round() if self.rounds else images
         return images
 
     def forward(
@@ -95,7 +98,7 @@ def dinov2_tower(weights: str | None, *, pretrained: bool) -> VisionTower:
     network.set_input_size(img_size=(DINOV2_SIZE, DINOV2_SIZE))
     resampled = _positions(positions, grid, network.patch_embed.grid_size, prefix=network.num_prefix_tokens)
     network.pos_embed = nn.Parameter(resampled, requires_grad=False)
-    return VisionTower(network, size=DINOV2_SIZE, clips=True, projects=False, sha256=found)
+    return VisionTower(network, size=DINOV2_SIZE, rounds=True, projects=False, sha256=found)
 
 
 def clip_tower(weights: str | None, *, pretrained: bool) -> VisionTower:
@@ -120,7 +123,7 @@ def clip_tower(weights: str | None, *, pretrained: bool) -> VisionTower:
             )
         load_whole(network, read_tensors(path)[0], path, f"timm's {CLIP}")
     size: int = network.patch_embed.img_size[0]
-    return VisionTower(network, size=size, clips=False, projects=True, sha256=fingerprint({}, network.state_dict()))
+    return VisionTower(network, size=size, rounds=False, projects=True, sha256=fingerprint({}, network.state_dict()))
 
 
 def load_whole(network: nn.Module, state: dict[str, Tensor], path: Path, owner: str) -> None:
