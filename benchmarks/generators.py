@@ -54,9 +54,21 @@ GRID_SIDE = 520
 
 
 def train(kind: str, arguments: argparse.Namespace) -> None:
-    """Train one generator for its time, and sample it with its own recipe at some scales of guidance."""
-    started = time.perf_counter()
+    """Train one generator for its time, unless it is trained, and sample it with its own recipe at some scales."""
     out, device = arguments.out / kind, arguments.device[0]
+    if not (out / "facts.json").exists():
+        train_one(kind, arguments, out, device)
+    count = arguments.per_class * len(PhotoFolder(arguments.data / "train", 16, DataConfig(), 0).classes)
+    given = ["--n", str(count), "--device", device, "--batch-size", "250", "--tokenizer", arguments.tokenizer]
+    for scale in arguments.guidance:
+        model = str(out / "run" / "generator")
+        code = softvq(["sample", model, str(out / scale), *given, "--guidance", scale, "--overwrite"])
+        assert code == 0, f"sampling {kind} failed"
+
+
+def train_one(kind: str, arguments: argparse.Namespace, out: Path, device: str) -> None:
+    """Train a generator into `out/run`, and note what it took."""
+    started = time.perf_counter()
     changes = {"latents": str(arguments.out / "latents"), "train.device": device}
     quiet = ["train.log_every=500", "train.save_every=1000000", "train.sample_every=0", *arguments.overrides]
     recipe = read_generator_recipe(CONFIGS / f"{kind}.yaml", quiet, changes)
@@ -68,11 +80,6 @@ def train(kind: str, arguments: argparse.Namespace) -> None:
     minutes = (time.perf_counter() - started) / 60
     facts = {"updates": steps, "minutes": minutes, "images/s": recipe.train.batch_size / seconds}
     (out / "facts.json").write_text(json.dumps(facts))
-    count = arguments.per_class * len(PhotoFolder(arguments.data / "train", 16, DataConfig(), 0).classes)
-    given = [str(out / "run" / "generator"), "--n", str(count), "--device", device, "--batch-size", "250"]
-    for scale in arguments.guidance:
-        code = softvq(["sample", *given[:1], str(out / scale), *given[1:], "--guidance", scale, "--overwrite"])
-        assert code == 0, f"sampling {kind} failed"
 
 
 def train_all(arguments: argparse.Namespace, console: Console) -> None:
@@ -183,7 +190,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="of each training, all it takes to start included")
     parser.add_argument("--steps", type=int, help="so many updates instead")
     parser.add_argument("--per-class", type=int, default=100, help="samples of each class")
-    parser.add_argument("--guidance", nargs="+", default=["1", "2", "4"], help="scales to sample with")
+    parser.add_argument("--guidance", nargs="*", default=["1", "2", "4"], help="scales to sample with")
     parser.add_argument("--shown", default="2", help="the scale of the pictures")
     parser.add_argument("--device", nargs="+", default=["cpu"])
     parser.add_argument("--only", nargs="+", default=list(KINDS), choices=KINDS)

@@ -96,7 +96,7 @@ class GenerationPipeline:
         if self.dtype == torch.bfloat16:
             raise InputError("the weights were rounded to bf16 for this device; load the pipeline again, and save that")
         self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
-        self.generator.tokenizer = TokenizerReference(name="tokenizer", fingerprint=self.tokenizer.fingerprint())
+        self.generator.tokenizer = TokenizerReference(name="tokenizer", fingerprint=self.tokenizer.latent_fingerprint())
         self.generator.save_pretrained(folder)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
@@ -254,11 +254,11 @@ def check_tokenizer(generator: LatentGenerator, tokenizer: ImageTokenizer) -> No
     own, found = (model.num_tokens, model.latent_dim), (latents.num_latent_tokens, latents.latent_dim)
     if own != found:
         raise InputError(f"the tokenizer has {found[0]} tokens of {found[1]}, the generator makes {own[0]} of {own[1]}")
-    expected = generator.tokenizer.fingerprint
-    if expected is not None and expected != tokenizer.fingerprint():
+    expected, given = generator.tokenizer.fingerprint, tokenizer.latent_fingerprint()
+    if expected is not None and expected != given:
         raise InputError(
-            f"the tokenizer is {tokenizer.fingerprint()[:12]}, the generator was trained on {expected[:12]}; give that "
-            "one, or train a generator on this one"
+            f"the tokenizer is {given[:12]}, the generator was trained on {expected[:12]}; give that one, or train a "
+            "generator on this one"
         )
 
 

@@ -65,7 +65,7 @@ def make_generator(folder: Path, kind: str = "sit", seed: int = 0, **changes: An
         config,
         seed,
         classes=CLASSES if config.condition == "class" else (),
-        tokenizer=TokenizerReference(name="tokenizer", fingerprint=tokenizer.fingerprint()),
+        tokenizer=TokenizerReference(name="tokenizer", fingerprint=tokenizer.latent_fingerprint()),
         sampling=quick(kind),
     )
     generator.save_pretrained(folder)
@@ -77,7 +77,7 @@ def make_cache(root: Path, **changes: Any) -> Path:
     make_photos(root / "photos", PHOTOS)
     tokenizer = make_model(root / "model")
     plan = {
-        "tokenizer": str(root / "model"), "fingerprint": tokenizer.fingerprint(), "tokens": TOKENS, "dim": DIM,
+        "tokenizer": str(root / "model"), "fingerprint": tokenizer.latent_fingerprint(), "tokens": TOKENS, "dim": DIM,
         "shard_size": 5, "softvq_version": "0", **changes,
     }  # fmt: skip
     folder = PhotoFolder(root / "photos", SIZE, DataConfig(crop="center", flip=False), seed=0)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from softvq.errors import InputError
 from softvq.losses import augment as module
-from softvq.losses.augment import augment, view
+from softvq.losses.augment import augment, crop, view
 from softvq.randomness import generator, keys_of, uniform
 
 NONE = {"color": False, "translation": 0.0, "cutout": 0.0, "probability": 1.0}
@@ -203,6 +203,16 @@ def test_views_crop_half_of_the_time_and_everywhere_alike():
     counts = (windows == found[:, None]).flatten(2).all(2).sum(0).double()
     assert counts.sum() == 4000 - shrunken.sum()
     assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 38  # chi-squared with 15 degrees: 0.1%
+
+
+def test_crops_are_squares_of_the_picture_from_everywhere_alike():
+    images = pictures(1, 5, 6).expand(4000, -1, -1, -1)
+    found = crop(images, keys_for(4000), 3)
+    windows = images[0].unfold(1, 3, 1).unfold(2, 3, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
+    counts = (windows == found[:, None]).flatten(2).all(2).sum(0).double()
+    assert counts.sum() == 4000
+    assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 31  # chi-squared with 11 degrees: 0.1%
+    assert torch.equal(crop(images[:2], keys_for(4000)[1:3], 3), found[1:3])
 
 
 def test_views_of_equal_and_smaller_pictures():

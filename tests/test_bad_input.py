@@ -203,7 +203,7 @@ def test_latents_of_another_model(program: Program) -> None:
     other = make_model(Path("other"), seed=1)
     assert program(*encode("photos")).code == 0
     found = read_latents("x.safetensors").fingerprint
-    names = ("x.safetensors", found[:12], other.fingerprint()[:12], "model that encoded them")
+    names = ("x.safetensors", found[:12], other.latent_fingerprint()[:12], "model that encoded them")
     program.refuses("decode", "other", "x.safetensors", "out", names=names)
     assert not Path("out").exists()
 

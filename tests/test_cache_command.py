@@ -29,7 +29,7 @@ def test_a_folder_becomes_a_cache(program: Program) -> None:
     assert "out: complete, 20 photographs encoded" in result.out
     assert f"{TOKENS} x {DIM}, float32" in result.out
     tokenizer = ImageTokenizer.from_pretrained("model")
-    cache = read_cache("out", tokenizer.fingerprint())
+    cache = read_cache("out", tokenizer.latent_fingerprint())
     assert (cache.classes, len(cache.names), cache.image_size) == (("ant", "bee"), 20, SIZE)
     for name, views in list(zip(cache.names, cache.latents, strict=True))[::7]:
         square = center_crop(read_image(Path("photos", name)), SIZE)

@@ -28,7 +28,7 @@ def test_encode_writes_what_the_model_says(program: Program) -> None:
     assert (result.code, result.err) == (0, "")
     assert result.out == f"x.safetensors: 3 x {TOKENS} tokens x {DIM} in float32\n"
     tokenizer = ImageTokenizer.from_pretrained("model")
-    content = read_latents("x.safetensors", tokenizer.fingerprint())
+    content = read_latents("x.safetensors", tokenizer.latent_fingerprint())
     assert content.names == ("a.png", "b.jpg", "sub/c.webp")
     assert content.sizes.tolist() == [[SIZE, SIZE]] * 3
     images = torch.stack([to_tensor(center_crop(read_image(Path("photos", name)), SIZE)) for name in content.names])
@@ -154,6 +154,7 @@ def test_inspect(program: Program) -> None:
     total = report["parameters"].pop("total")
     assert total == sum(report["parameters"].values()) == sum(p.numel() for p in tokenizer.parameters())
     assert report["latents"]["num_latent_tokens"] == TOKENS
+    assert report["latents"]["fingerprint"] == tokenizer.latent_fingerprint()
     assert report["latent_statistics"] == {"fitted": False, "per_channel": False, "mean": [0, 0], "std": [1, 1]}
     assert set(report["files"]) == {"config.json", "model.safetensors"}
     # one block: 12 w^2 weights for each token, and 2 n^2 w for attention; a multiplication and an addition are two

@@ -16,7 +16,7 @@ from softvq.generators import sampling
 from softvq.generators.recipe import SamplerName
 from softvq.pipeline import GenerationPipeline
 from tests.generators import CLASSES, make_generator
-from tests.program import SIZE, Program, contents, make_model
+from tests.program import SIZE, Program, contents, make_model, work_beside
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def program(made: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
-    monkeypatch.chdir(tmp_path)
-    for path in made.iterdir():
-        Path(path.name).symlink_to(path)
+    work_beside(made, tmp_path, monkeypatch)
     return Program(capsys)
 
 

@@ -151,6 +151,8 @@ def test_a_run_of_the_decoder_alone_keeps_every_latent(tmp_path: Path) -> None:
     images = family.pictures(config, 9).images
     assert torch.equal(trained.encode(images), saved.encode(images))
     assert not torch.allclose(trained.decode(saved.encode(images)), saved.decode(saved.encode(images)), atol=1e-4)
+    assert trained.latent_fingerprint() == saved.latent_fingerprint()
+    assert trained.fingerprint() != saved.fingerprint()
     lines = [line for line in read_log(tmp_path / "run/log.jsonl") if "loss" in line]
     assert len(lines) == 6
     assert all("entropy" not in line and line["loss"] == line["reconstruction"] for line in lines)

@@ -100,19 +100,6 @@ def test_the_perceptual_network_sees_smaller_images_on_request() -> None:
     assert counted.sizes == [18]
 
 
-def test_shrinking_averages_pixels() -> None:
-    seen: list[Tensor] = []
-
-    class Keeps(nn.Module):
-        def forward(self, images: Tensor, targets: Tensor) -> Float[Tensor, "batch"]:
-            seen.append(targets)
-            return images.mean(dim=(1, 2, 3))
-
-    one = batch(1)
-    TokenizerTask(Darker(), LossConfig(perceptual_warmup_steps=0, perceptual_size=18), perceptual=Keeps())(one, 0)
-    torch.testing.assert_close(seen[0][0, :, 0, 1], one.images[0, :, :2, 2:4].mean(dim=(1, 2)))
-
-
 def test_the_real_tokenizer_learns_a_batch_by_heart() -> None:
     torch.manual_seed(0)
     task = TokenizerTask(ImageTokenizer(preset("softvq-tiny-16", image_size=16)), LossConfig(perceptual_weight=0.0))

@@ -41,7 +41,7 @@ def cache_latents(arguments: argparse.Namespace) -> None:
     folder = PhotoFolder(arguments.data, size[0], data, seed=0)
     plan = CachePlan(
         tokenizer=arguments.model,
-        fingerprint=tokenizer.fingerprint(),
+        fingerprint=tokenizer.latent_fingerprint(),
         tokens=tokenizer.config.num_latent_tokens,
         dim=tokenizer.config.latent_dim,
         flip=arguments.flip,

@@ -66,7 +66,7 @@ def encode(arguments: argparse.Namespace) -> None:
         latents=torch.cat(latents),
         names=tuple(names),
         sizes=torch.tensor(sizes),
-        fingerprint=tokenizer.fingerprint(),
+        fingerprint=tokenizer.latent_fingerprint(),
         softvq_version=__version__,
     )
     write_latents(out, content)
@@ -81,7 +81,7 @@ def decode(arguments: argparse.Namespace) -> None:
     _check_folder(out, arguments.overwrite)
     device = choose_device(arguments.device)
     tokenizer = load_tokenizer(arguments.model, device)
-    content = read_latents(arguments.latents, tokenizer.fingerprint())
+    content = read_latents(arguments.latents, tokenizer.latent_fingerprint())
     _check_shapes(arguments.latents, content, tokenizer)
     files = picture_names(content.names)
     chunks = list(_chunks(content.sizes.tolist(), arguments.batch_size))

@@ -65,6 +65,7 @@ def describe(tokenizer: ImageTokenizer) -> dict[str, Any]:
             "num_latent_tokens": config.num_latent_tokens,
             "latent_dim": config.latent_dim,
             "compression_ratio": compression_ratio(size, size, config.num_latent_tokens, config.latent_dim),
+            "fingerprint": tokenizer.latent_fingerprint(),
         },
         "latent_statistics": {
             "fitted": bool((mean != 0).any() or (std != 1).any()),

@@ -33,7 +33,7 @@ def fit_stats(arguments: argparse.Namespace) -> None:
         check_output(out, arguments.overwrite)
     device = choose_device(arguments.device)
     tokenizer = load_tokenizer(arguments.model, device)
-    before = tokenizer.fingerprint()
+    before = tokenizer.latent_fingerprint()
     photos = open_photos(arguments, tokenizer)
     with precision_of(device, arguments.precision):
         batches = (images for _, images in batched(photos, arguments.batch_size))
@@ -47,7 +47,7 @@ def fit_stats(arguments: argparse.Namespace) -> None:
     for name, values in (("mean", tokenizer.latent_mean), ("std", tokenizer.latent_std)):
         low, high = values.min().item(), values.max().item()
         console.print(f"latent_{name}: {low:.4g}" + (f" to {high:.4g}" if arguments.per_channel else ""))
-    if tokenizer.fingerprint() != before:
+    if tokenizer.latent_fingerprint() != before:
         messages().print("latent files made before belong to the model as it was; encode them again", soft_wrap=True)
 
 

@@ -55,7 +55,7 @@ class CachePlan:
     tokenizer: str
     """The tokenizer as the user called it; the same one may be called otherwise when it goes on."""
     fingerprint: str
-    """`ImageTokenizer.fingerprint()`."""
+    """`ImageTokenizer.latent_fingerprint()`."""
     tokens: int
     """Latent tokens of one image."""
     dim: int

@@ -37,7 +37,7 @@ class LatentFile:
     sizes: Int[Tensor, "image 2"]
     """Height and width of each image as it was encoded, in pixels."""
     fingerprint: str
-    """`ImageTokenizer.fingerprint()` of the tokenizer that made the latents."""
+    """`ImageTokenizer.latent_fingerprint()` of the tokenizer that made the latents."""
     softvq_version: str
     """The version of this library that wrote the file."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from softvq.errors import InputError
 from softvq.randomness import fold_in, uniform
 
-__all__ = ["augment", "view"]
+__all__ = ["augment", "crop", "view"]
 
 VIEW = 3  # the stream of a sample's key that `view` draws from
 
@@ -82,11 +82,32 @@ def view(
     if min(height, width) < size:
         return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
     draws = uniform(fold_in(keys, VIEW), 3)
-    window = torch.arange(size, device=images.device)
-    rows = _integer(draws[:, 1], height - size + 1)[:, None] + window
-    columns = _integer(draws[:, 2], width - size + 1)[:, None] + window
     whole = F.interpolate(images, size=(size, size), mode="area")
-    return torch.where(_per_sample(draws[:, 0] < 0.5), _gather(images, rows, columns), whole)
+    return torch.where(_per_sample(draws[:, 0] < 0.5), _window(images, draws[:, 1:], size), whole)
+
+
+def crop(
+    images: Float[Tensor, "batch 3 height width"], keys: Int64[Tensor, " batch"], size: int
+) -> Float[Tensor, "batch 3 size size"]:
+    """Cut a square out of each picture, anywhere in it alike.
+
+    Args:
+        images: RGB in any range, no side below `size`.
+        keys: One for each sample; the same key makes the same choice.
+        size: Side of the squares in pixels, >= 1.
+
+    Returns:
+        Pixels as they are.
+    """
+    return _window(images, uniform(fold_in(keys, VIEW), 2), size)
+
+
+def _window(images: Tensor, draws: Tensor, size: int) -> Tensor:
+    height, width = images.shape[2:]
+    window = torch.arange(size, device=images.device)
+    rows = _integer(draws[:, 0], height - size + 1)[:, None] + window
+    columns = _integer(draws[:, 1], width - size + 1)[:, None] + window
+    return _gather(images, rows, columns)
 
 
 def _color(images: Tensor, draws: Tensor, probability: float) -> Tensor:

@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 from softvq import hub
-from softvq.config import from_dict, to_dict
+from softvq.config import flat, from_dict, to_dict
 from softvq.errors import InputError
 from softvq.randomness import fold_in
 from softvq.tokenizers import released
-from softvq.tokenizers.config import TokenizerConfig
+from softvq.tokenizers.config import TRAINING_FIELDS, TokenizerConfig
 from softvq.tokenizers.corruption import CorruptionConfig, noisy, patch_mask
 from softvq.tokenizers.quantizers import build_quantizer, code_shape, innermost, unit_vectors
 from softvq.tokenizers.vit import ViTDecoder, ViTEncoder, load_timm_weights
@@ -22,6 +22,10 @@ from softvq.tokenizers.vit import ViTDecoder, ViTEncoder, load_timm_weights
 __all__ = ["ImageTokenizer", "TokenizerOutput"]
 
 NO_CORRUPTION = CorruptionConfig()
+PAINTERS = ("decoder.", "from_latents.", "head_channels")
+"""Beginnings of the names of fields and weights that latents do not depend on."""
+UNSEEN = (*TRAINING_FIELDS, "min_latent_tokens")
+"""Ends of the names of fields that they do not depend on."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,7 +75,7 @@ class ImageTokenizer(nn.Module):
         self.from_latents = nn.Linear(config.latent_dim, config.decoder.width)
         if vectors := unit_vectors(config.quantizer):  # unit variance out, as the decoder's positions have
             nn.init.normal_(self.from_latents.weight, std=vectors**-0.5)
-        self.decoder = ViTDecoder(config.decoder, **sizes)
+        self.decoder = ViTDecoder(config.decoder, **sizes, head_channels=config.head_channels)
         self.register_buffer("latent_mean", torch.zeros(config.latent_dim))
         self.register_buffer("latent_std", torch.ones(config.latent_dim))
 
@@ -274,8 +278,19 @@ class ImageTokenizer(nn.Module):
         return [load_timm_weights(vit, config.pretrained) for vit, config in pairs if config.pretrained]
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over the config and every weight; files made with a tokenizer carry it."""
+        """Return a SHA-256 over the config and every weight."""
         return hub.fingerprint(to_dict(self.config), self.state_dict())
+
+    def latent_fingerprint(self) -> str:
+        """Return a SHA-256 over what decides the latents: all but the decoder, which may learn on without them.
+
+        Files of latents carry it, and so do generators.
+        """
+        config, tensors = flat(to_dict(self.config)), self.state_dict()
+        return hub.fingerprint(
+            {name: config[name] for name in config if not name.startswith(PAINTERS) and not name.endswith(UNSEEN)},
+            {name: tensors[name] for name in tensors if not name.startswith(PAINTERS)},
+        )
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write `config.json`, `model.safetensors` and a model card into `folder`.

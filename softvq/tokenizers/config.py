@@ -6,7 +6,10 @@ from softvq.errors import InputError
 from softvq.tokenizers.quantizers import QuantizerConfig, SoftVQConfig, check_quantizer
 from softvq.tokenizers.vit import ViTConfig
 
-__all__ = ["TokenizerConfig"]
+__all__ = ["TRAINING_FIELDS", "TokenizerConfig"]
+
+TRAINING_FIELDS = ("pretrained", "init", "layer_scale_init", "_weight")
+"""Ends of the names of fields that only training looks at."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +33,9 @@ class TokenizerConfig:
     min_latent_tokens: int | None = None
     """Fewest tokens that `decode` takes: training then keeps only the first few of them at random steps, so that one
     model serves from this many tokens to all. Null trains and decodes all tokens always."""
+    head_channels: int | None = None
+    """Channels of convolutions that add to what the decoder's linear layer paints, across the borders of patches; null
+    for that layer alone, as in the paper."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together."""
@@ -48,4 +54,8 @@ class TokenizerConfig:
                 f"min_latent_tokens is {self.min_latent_tokens}, expected 1 to num_latent_tokens "
                 f"({self.num_latent_tokens}), or null"
             )
+        if self.head_channels is not None and not 1 <= self.head_channels <= 4096:
+            raise InputError(f"head_channels is {self.head_channels}, expected 1 to 4096, or null")
+        if self.head_channels is not None and self.patch_size % 4:
+            raise InputError(f"patch_size is {self.patch_size}, expected a multiple of 4 for head_channels")
         check_quantizer(self.quantizer, num_latent_tokens=self.num_latent_tokens, latent_dim=self.latent_dim)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from softvq.errors import InputError
 
-__all__ = ["FeatureDecoder", "ViTConfig", "ViTDecoder", "ViTEncoder", "load_timm_weights"]
+__all__ = ["ConvHead", "FeatureDecoder", "ViTConfig", "ViTDecoder", "ViTEncoder", "load_timm_weights"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,10 +93,46 @@ class ViTEncoder(nn.Module):
         return self.norm(tokens[:, -self.num_latent_tokens :])
 
 
-class ViTDecoder(nn.Module):
-    """Mask tokens and latent tokens in, pixels out: one linear layer on the mask outputs of `D([m; z])`."""
+class ConvHead(nn.Module):
+    """Patch tokens in, a correction of the pixels out that knows no borders between patches.
 
-    def __init__(self, config: ViTConfig, *, image_size: int, patch_size: int, num_latent_tokens: int) -> None:
+    Tokens become maps at a quarter of the image's side, which two convolutions turn into pixels. It starts at 0.
+    """
+
+    SCALE = 4
+
+    def __init__(self, width: int, channels: int, patch_size: int) -> None:
+        super().__init__()
+        self.side = patch_size // self.SCALE
+        self.to_maps = nn.Linear(width, channels * self.side**2)
+        self.mix = nn.Conv2d(channels, channels, 3, padding=1)
+        self.paint = nn.Conv2d(channels, 3 * self.SCALE**2, 3, padding=1)
+        for parameter in self.paint.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(
+        self, tokens: Float[Tensor, "batch patch channel"], grid: tuple[int, int]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Return what to add to the pixels, for patches of a grid of (rows, columns)."""
+        maps = _unfolded(self.to_maps(tokens), grid, self.side)
+        return F.pixel_shuffle(self.paint(F.gelu(self.mix(maps))), self.SCALE)
+
+
+class ViTDecoder(nn.Module):
+    """Mask tokens and latent tokens in, pixels out: one linear layer on the mask outputs of `D([m; z])`.
+
+    With `head_channels` convolutions add to what the linear layer paints.
+    """
+
+    def __init__(
+        self,
+        config: ViTConfig,
+        *,
+        image_size: int,
+        patch_size: int,
+        num_latent_tokens: int,
+        head_channels: int | None = None,
+    ) -> None:
         super().__init__()
         self.grid = (image_size // patch_size, image_size // patch_size)
         self.patch_size = patch_size
@@ -107,6 +143,7 @@ class ViTDecoder(nn.Module):
         self.blocks = _blocks(config)
         self.norm = LayerNorm(config.width, eps=1e-6)
         self.to_pixels = nn.Linear(config.width, 3 * patch_size**2)
+        self.head = None if head_channels is None else ConvHead(config.width, head_channels, patch_size)
         if config.init == "local":
             _start_local(self)
 
@@ -117,10 +154,10 @@ class ViTDecoder(nn.Module):
 
         The latent tokens may be the first few of all.
         """
-        rows, columns = size[0] // self.patch_size, size[1] // self.patch_size
-        patches = self.to_pixels(self.patch_tokens(latent_tokens, (rows, columns)))
-        patches = patches.reshape(-1, rows, columns, self.patch_size, self.patch_size, 3)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, *size)
+        grid = size[0] // self.patch_size, size[1] // self.patch_size
+        tokens = self.patch_tokens(latent_tokens, grid)
+        images = _unfolded(self.to_pixels(tokens), grid, self.patch_size)
+        return images if self.head is None else images + self.head(tokens, grid)
 
     def patch_tokens(
         self, latent_tokens: Float[Tensor, "batch token channel"], grid: tuple[int, int]
@@ -162,6 +199,14 @@ class FeatureDecoder(nn.Module):
     ) -> Float[Tensor, "batch patch feature"]:
         """Return one prediction for each place of a grid of (rows, columns), in raster order."""
         return self.vit.to_pixels(self.vit.patch_tokens(self.from_latents(latents), grid))
+
+
+def _unfolded(
+    patches: Float[Tensor, "batch patch _side_side_channel"], grid: tuple[int, int], side: int
+) -> Float[Tensor, "batch _channel _height _width"]:
+    """Put the patches of a grid of (rows, columns) together, each of `side` x `side` places."""
+    tiles = patches.unflatten(2, (side, side, -1)).unflatten(1, grid)
+    return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 def load_timm_weights(vit: ViTEncoder | ViTDecoder, name: str, *, pretrained: bool = True) -> str:

@@ -117,7 +117,7 @@ def tokenizer_of(config: GeneratorRunConfig) -> tuple[str, ImageTokenizer]:
     plan = cache_info(config.latents).plan
     name = config.tokenizer or plan.tokenizer
     tokenizer = ImageTokenizer.from_pretrained(name)
-    if tokenizer.fingerprint() != plan.fingerprint:
+    if tokenizer.latent_fingerprint() != plan.fingerprint:
         raise InputError(f"{name}: is not the tokenizer that made the latents; give that one, or cache again")
     return name, tokenizer
 
@@ -184,7 +184,7 @@ def _build(config: GeneratorRunConfig, run: Path, source: _Source, console: Cons
     generator = build_generator(
         config,
         classes=names,
-        tokenizer=TokenizerReference(name=source.name, fingerprint=source.tokenizer.fingerprint()),
+        tokenizer=TokenizerReference(name=source.name, fingerprint=source.tokenizer.latent_fingerprint()),
     )
     task = GeneratorTask(generator, seed=config.seed, tokenizer=None if config.latents else source.tokenizer)
     sampled = is_main() and config.train.sample_every > 0

@@ -14,7 +14,7 @@ from softvq.losses.perceptual import load_perceptual
 from softvq.randomness import manual_seed
 from softvq.tokenizers.alignment import AlignmentConfig, check_alignment
 from softvq.tokenizers.autoencoder import ImageTokenizer
-from softvq.tokenizers.config import TokenizerConfig
+from softvq.tokenizers.config import TRAINING_FIELDS, TokenizerConfig
 from softvq.tokenizers.corruption import CorruptionConfig
 from softvq.tokenizers.presets import preset
 from softvq.tokenizers.quantizers import innermost
@@ -26,7 +26,7 @@ from softvq.training.trainer import TrainConfig
 __all__ = ["TokenizerRunConfig", "build_task", "expand_preset", "idle_settings"]
 
 T = TypeVar("T")
-FREE = ("pretrained", "init", "layer_scale_init", "min_latent_tokens", "_weight")
+FREE = (*TRAINING_FIELDS, "min_latent_tokens")
 """Ends of the names of fields in which a tokenizer may differ from the one it starts from."""
 
 

@@ -14,6 +14,7 @@ from softvq.backbones import FrozenBackbone
 from softvq.data.folder import Batch
 from softvq.errors import InputError
 from softvq.losses.adversarial import adaptive_weight
+from softvq.losses.augment import crop, view
 from softvq.randomness import fold_in, keys_of, seed_of
 from softvq.ranks import mean_over_ranks
 from softvq.tokenizers.alignment import (
@@ -65,7 +66,10 @@ class LossConfig:
     perceptual_warmup_steps: int = 10_000
     """Steps after `perceptual_start` in which its weight rises in a line from 0."""
     perceptual_size: int | None = None
-    """Side in pixels, a divisor of theirs, that images are averaged down to before it; null keeps them as they are."""
+    """Side in pixels, a divisor of theirs, of what it sees of images; null for all of them as they are."""
+    perceptual_view: Literal["whole", "crop", "either"] = "whole"
+    """What it sees at `perceptual_size`: images averaged down to it, a square cut out at random, or one of the two by
+    the toss of a coin. Averages tell nothing of what is finer than them."""
     perceptual_weights: str | None = None
     """File with the weights of the perceptual distance; null takes those that are installed."""
     adversarial: AdversarialConfig | None = None
@@ -88,6 +92,8 @@ class LossConfig:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least 0")
         if self.perceptual_size is not None and self.perceptual_size < 18:
             raise InputError(f"perceptual_size is {self.perceptual_size}, expected at least 18, or null")
+        if self.perceptual_size is None and self.perceptual_view != "whole":
+            raise InputError(f"perceptual_view is {self.perceptual_view!r}, which needs perceptual_size, its side")
         if not 1e-3 <= self.anneal_from <= 1e3:
             raise InputError(f"anneal_from is {self.anneal_from}, expected 0.001 to 1000")
         if self.features is not None and self.alignment is None:
@@ -250,7 +256,7 @@ class TokenizerTask(Task):
         loss = report["reconstruction"]
         perceptual_counts, adversarial_counts, _ = phase
         if perceptual_counts and self.perceptual is not None:
-            apart = self.perceptual(self._shrink(pixels), self._shrink(targets)).mean()
+            apart = self.perceptual(*(self._seen(one, fold_in(keys, 0)) for one in (pixels, targets))).mean()
             report["perceptual"], slope = _differentiated(apart, pixels)
             weight = scheduled["perceptual"]
             loss, gradient = loss + weight * report["perceptual"], gradient + weight * slope
@@ -307,10 +313,15 @@ class TokenizerTask(Task):
             return value
         return torch.full((), value, device=device)
 
-    def _shrink(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 h w"]:
-        images = images.float()
-        size = self.config.perceptual_size
-        return images if size is None else F.avg_pool2d(images, images.shape[-1] // size)
+    def _seen(
+        self, images: Float[Tensor, "batch 3 height width"], keys: Int64[Tensor, " batch"]
+    ) -> Float[Tensor, "batch 3 h w"]:
+        images, size, kind = images.float(), self.config.perceptual_size, self.config.perceptual_view
+        if size is None:
+            return images
+        if kind == "whole":
+            return F.avg_pool2d(images, images.shape[-1] // size)
+        return crop(images, keys, size) if kind == "crop" else view(images, keys, size)
 
 
 def _heads(tokenizer: ImageTokenizer, config: LossConfig, teacher: FrozenBackbone | None) -> dict[str, nn.Module]:
