@@ -17,6 +17,7 @@ from softvq.arguments.images import add_images, add_tokenizers
 from softvq.arguments.others import add_others
 from softvq.arguments.sampling import add_sample
 from softvq.arguments.shared import Parser
+from softvq.arguments.speed import add_bench
 from softvq.arguments.training import add_cache, add_train
 from softvq.errors import InputError, Interrupted, RunError
 
@@ -131,5 +132,6 @@ def _parser() -> argparse.ArgumentParser:
     add_sample(commands)
     add_evaluate(commands)
     add_tokenizers(commands)
+    add_bench(commands)
     add_others(commands)
     return parser

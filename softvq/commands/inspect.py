@@ -2,21 +2,18 @@
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Column, Table
-from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from softvq import hub
 from softvq.commands.common import load_tokenizer, results
 from softvq.config import flat, read_json, to_dict
 from softvq.evaluation.metrics import compression_ratio
+from softvq.evaluation.timing import count_flops
 from softvq.files import sha256
 from softvq.generators import released
 from softvq.generators.generator import LatentGenerator
@@ -106,20 +103,7 @@ def _flops(tokenizer: ImageTokenizer) -> dict[str, int]:
     config = tokenizer.config
     images = (1, 3, config.image_size, config.image_size)
     latents = (1, config.num_latent_tokens, config.latent_dim)
-    return {"encode": _count(tokenizer.encode, images), "decode": _count(tokenizer.decode, latents)}
-
-
-def _count(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> int:
-    """Count with tensors that have a shape but no numbers, so that a large model takes no longer than a small one."""
-    counter = FlopCounterMode(display=False)
-    with (
-        torch.inference_mode(),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        sdpa_kernel(SDPBackend.MATH),  # the others are not counted on every machine
-        counter,
-    ):
-        function(torch.zeros(shape))
-    return counter.get_total_flops()
+    return {"encode": count_flops(tokenizer.encode, images), "decode": count_flops(tokenizer.decode, latents)}
 
 
 def _files(folder: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from softvq.training.rehearsal import Phase, rehearse, rehearse_generator
 from softvq.training.tokenizer_recipe import TokenizerRunConfig, expand_preset
 from softvq.training.tokenizer_run import train_tokenizer as train
 
-__all__ = ["read_generator_recipe", "read_recipe", "train_generator", "train_tokenizer"]
+__all__ = ["generator_recipe_of", "read_generator_recipe", "read_recipe", "train_generator", "train_tokenizer"]
 
 
 def train_tokenizer(arguments: argparse.Namespace) -> None:
@@ -84,8 +84,15 @@ def read_generator_recipe(path: Path, overrides: list[str], changes: dict[str, A
     Raises:
         InputError: If a file cannot be read, a field is wrong, or there is nothing to train on.
     """
+    return generator_recipe_of(path, overrides, changes, None)
+
+
+def generator_recipe_of(
+    path: Path, overrides: list[str], changes: dict[str, Any], shape: dict[str, int] | None
+) -> GeneratorRunConfig:
+    """Read a recipe for latents of a shape that is known: `num_tokens`, `latent_dim` and `num_classes`."""
     data = _read(path, overrides, changes)
-    return from_dict(GeneratorRunConfig, expand_generator(data, _shape(data)), str(path))
+    return from_dict(GeneratorRunConfig, expand_generator(data, shape or _shape(data)), str(path))
 
 
 def _shape(data: dict[str, Any]) -> dict[str, int]:

@@ -1,0 +1,128 @@
+"""How fast this machine is: `softvq bench`."""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+import softvq
+from softvq.commands.bench_jobs import (
+    Row,
+    bench_generator_training,
+    bench_sampling,
+    bench_tokenizer,
+    bench_tokenizer_training,
+)
+from softvq.commands.common import check_output, machine_name, messages, results
+from softvq.config import from_dict, read_json
+from softvq.errors import InputError
+from softvq.evaluation.timing import copy_rate, matrix_peak
+from softvq.files import write_json
+from softvq.training.distributed import choose_device
+
+__all__ = ["BenchReport", "bench", "bench_table"]
+
+JOBS = {
+    "encode": bench_tokenizer,
+    "decode": bench_tokenizer,
+    "sample": bench_sampling,
+    "train-tokenizer": bench_tokenizer_training,
+    "train-generator": bench_generator_training,
+}
+HEADINGS = ("job", "model", "batch", "ms", "images/s", "MFU", "GiB", "")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BenchReport:
+    """What one call measured, as its JSON file has it."""
+
+    machine: str
+    """The GPU, or the processor with its threads."""
+    torch: str
+    """Version."""
+    softvq: str
+    """Version."""
+    peak_flops: float
+    """Operations a second of a large matrix product in the rows' precision, measured in the same call."""
+    copy_bytes: float
+    """Bytes a second, read and written, of a large copy, measured in the same call."""
+    rows: tuple[Row, ...]
+    """What was timed."""
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Time one job, and print it beside what the device could do."""
+    out = None if arguments.out is None else Path(arguments.out)
+    if out is not None:
+        check_output(out, arguments.overwrite)
+    device = choose_device(arguments.device)
+    rows = tuple(_rows(arguments, device))
+    report = BenchReport(
+        machine=machine_name(device),
+        torch=torch.__version__,
+        softvq=softvq.__version__,
+        peak_flops=matrix_peak(device, torch.bfloat16 if rows[0].precision == "bf16" else torch.float32),
+        copy_bytes=copy_rate(device),
+        rows=rows,
+    )
+    table = Table(*HEADINGS, title=_title(report))
+    for row in report.rows:
+        table.add_row(*_cells(row, report))
+    results().print(table)
+    if out is not None:
+        write_json(out, dataclasses.asdict(report))
+
+
+def bench_table(arguments: argparse.Namespace) -> None:
+    """Print the results of several calls as Markdown, a table for each machine and version."""
+    reports = [from_dict(BenchReport, read_json(Path(path)), path) for path in arguments.results]
+    lines = []
+    for where in dict.fromkeys(_where(report) for report in reports):
+        lines += [where, "", "| " + " | ".join((*HEADINGS, "networks")) + " |"]
+        lines += ["| --- | --- |" + " ---: |" * (len(HEADINGS) - 3) + " --- | --- |"]
+        lines += [
+            "| " + " | ".join((*_cells(row, report), _how(row))) + " |"
+            for report in reports
+            if _where(report) == where
+            for row in report.rows
+        ]
+        lines += [
+            "",
+            f"Matrix products and copies reached {', '.join(_limits(r) for r in reports if _where(r) == where)}.",
+        ]
+    results().print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
+
+
+def _rows(arguments: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    try:
+        with messages().status(f"{arguments.job}: building, warming up, timing"):
+            yield from JOBS[arguments.job](arguments, device)
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"{arguments.job}: out of memory; give a smaller --batch") from error
+
+
+def _title(report: BenchReport) -> str:
+    return f"{_where(report)}, {'; '.join(dict.fromkeys(map(_how, report.rows)))}; matrix products and copies {_limits(report)}"
+
+
+def _where(report: BenchReport) -> str:
+    return f"{report.machine}, torch {report.torch}, softvq {report.softvq}"
+
+
+def _how(row: Row) -> str:
+    return f"{row.precision}, {'compiled' if row.compiled else 'not compiled'}"
+
+
+def _limits(report: BenchReport) -> str:
+    return f"{report.peak_flops / 1e12:,.3g} TFLOP/s and {report.copy_bytes / 1e9:,.3g} GB/s"
+
+
+def _cells(row: Row, report: BenchReport) -> Sequence[str]:
+    share = "" if row.flops is None else f"{row.flops / row.seconds / report.peak_flops:.0%}"
+    spread = "" if row.low == row.high else f" ± {(row.high - row.low) / 2 / row.seconds:.1%}"
+    memory = f"{row.memory / 2**30:.2f}" if row.memory else ""
+    time = f"{1e3 * row.seconds:.4g}{spread}"
+    return (row.job, row.model, str(row.batch), time, f"{row.images_per_sec:,.4g}", share, memory, row.note)

@@ -1,0 +1,206 @@
+"""What `softvq bench` times: models with random weights, on which speed does not depend, and the calls of them."""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from softvq.backbones import compute_dtype
+from softvq.commands.common import messages, precision_of
+from softvq.commands.train import generator_recipe_of, read_recipe
+from softvq.evaluation.timing import Timing, count_flops, time_in_turns
+from softvq.generators.config import GeneratorConfig
+from softvq.generators.generator import LatentGenerator
+from softvq.generators.guidance import Guidance
+from softvq.generators.presets import generator_preset
+from softvq.generators.recipe import SamplingRecipe
+from softvq.pipeline import GenerationPipeline
+from softvq.randomness import keys_of
+from softvq.tokenizers.autoencoder import ImageTokenizer
+from softvq.tokenizers.config import TokenizerConfig
+from softvq.tokenizers.presets import preset
+from softvq.tokenizers.vit import ViTConfig
+from softvq.training.compilation import compile_regions
+from softvq.training.rehearsal import Phase, rehearse, rehearse_generator
+from softvq.training.trainer import TrainConfig
+
+__all__ = ["Row", "bench_generator_training", "bench_sampling", "bench_tokenizer", "bench_tokenizer_training"]
+
+NETWORK_STEPS = 4
+"""Steps of the solver in a timed call of `sample`; the others would take as long."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One line of the table."""
+
+    job: str
+    """What was timed: `encode`, `decode`, a `step` of sampling with guidance, an `update` of a training."""
+    model: str
+    """Of what."""
+    batch: int
+    """Images at once."""
+    seconds: float
+    """Median of one."""
+    low: float
+    """Lower quartile."""
+    high: float
+    """Upper quartile."""
+    images_per_sec: float
+    """Through the whole job: for `sample` all steps and the decoding."""
+    flops: int | None
+    """Floating-point operations of one."""
+    memory: int
+    """Most bytes of tensors at once on a GPU, of the whole process on the CPU where it trains; 0 where not known."""
+    precision: str
+    """Of the networks."""
+    compiled: bool
+    """Whether they were."""
+    note: str = ""
+    """What else is to be known of it."""
+
+
+def bench_tokenizer(arguments: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Time encoding or decoding, and the bare timm transformer of equal shapes if it is asked for."""
+    config = _without_weights(preset(arguments.preset))
+    with torch.device(device):
+        tokenizer = ImageTokenizer(config).eval()
+        shape = (3, config.image_size, config.image_size)
+        latents = (config.num_latent_tokens, config.latent_dim)
+        given = torch.rand(arguments.batch, *(shape if arguments.job == "encode" else latents)) * 2 - 1
+        stock = _stock_vit(config, config.encoder if arguments.job == "encode" else config.decoder)
+        images = torch.rand(arguments.batch, *shape)
+    flops = count_flops(lambda one: getattr(ImageTokenizer(config), arguments.job)(one), (1, *given.shape[1:]))
+    if arguments.compile:
+        for model in (tokenizer, stock):
+            compile_regions(model)
+
+    def ours() -> Tensor:
+        with torch.inference_mode(), precision_of(device, arguments.precision):
+            return getattr(tokenizer, arguments.job)(given)
+
+    def theirs() -> Tensor:
+        with torch.inference_mode(), precision_of(device, arguments.precision):
+            return stock.forward_features(images)
+
+    calls, how = [ours, theirs] if arguments.baseline else [ours], (arguments.precision, arguments.compile)
+    timings = time_in_turns(calls, device, rounds=arguments.rounds)
+    yield _row(arguments.job, arguments.preset, arguments.batch, timings[0], arguments.batch * flops, how)
+    if arguments.baseline:
+        note = f"ours takes {timings[0].seconds / timings[1].seconds:.3f} of its time"
+        yield _row(arguments.job, "timm's ViT of equal shapes", arguments.batch, timings[1], None, how, note)
+
+
+def bench_sampling(arguments: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Time a step of a generator with guidance, and the decoding of its latents."""
+    config = generator_preset(arguments.generator, num_tokens=arguments.tokens, latent_dim=arguments.dim)
+    pipeline = _pipeline(config, arguments, device)
+    flops = None if arguments.generator.startswith("mar") else 2 * arguments.batch * _evaluation_flops(config)
+    pipeline = pipeline.to(device, "bf16" if arguments.precision == "bf16" else "fp32")
+    if arguments.compile:
+        pipeline.compile()
+    recipe = SamplingRecipe(sampler=arguments.sampler, steps=NETWORK_STEPS, guidance=Guidance(scale=arguments.guidance))
+    condition = (torch.arange(arguments.batch) % config.num_classes).to(device)
+    keys = keys_of(0, "speed", torch.arange(arguments.batch, device=device))
+    latents = pipeline.latents(condition, keys, recipe)
+    calls = [lambda: pipeline.latents(condition, keys, recipe), lambda: pipeline.tokenizer.decode(latents)]
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16"):
+        sampling, decoding = time_in_turns(calls, device, rounds=arguments.rounds)
+    step = _divided(sampling, NETWORK_STEPS)
+    whole = arguments.batch / (arguments.steps * step.seconds + decoding.seconds)
+    name, how = f"{arguments.generator}, {arguments.tokens} tokens", (arguments.precision, arguments.compile)
+    note = f"{arguments.sampler}, {arguments.steps} steps and decoding"
+    yield dataclasses.replace(_row("step", name, arguments.batch, step, flops, how, note), images_per_sec=whole)
+    yield _row("decode", arguments.preset, arguments.batch, decoding, None, how)
+
+
+def bench_tokenizer_training(arguments: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Time an update of each phase of a recipe; frozen networks whose weights are not there may be random ones."""
+    changes: dict[str, Any] = {"train.device": str(device)}
+    config = read_recipe(Path(arguments.config), arguments.overrides, changes)
+    for phase in rehearse(config, Console(quiet=True), messages().print):
+        yield _phase_row(phase, Path(arguments.config).stem, config.train, device)
+
+
+def bench_generator_training(arguments: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Time an update of a recipe on latents in memory."""
+    shape = {"num_tokens": arguments.tokens, "latent_dim": arguments.dim, "num_classes": arguments.classes}
+    changes = {"train.device": str(device)}
+    config = generator_recipe_of(Path(arguments.config), arguments.overrides, changes, shape)
+    phase = rehearse_generator(config, Console(quiet=True))
+    name = f"{Path(arguments.config).stem}, {arguments.tokens} tokens"
+    yield _phase_row(phase, name, config.train, device)
+
+
+def _row(
+    job: str, model: str, batch: int, timing: Timing, flops: int | None, how: tuple[str, bool], note: str = ""
+) -> Row:
+    return Row(
+        job=job,
+        model=model,
+        batch=batch,
+        seconds=timing.seconds,
+        low=timing.low,
+        high=timing.high,
+        images_per_sec=batch / timing.seconds,
+        flops=flops,
+        memory=timing.memory,
+        precision=how[0],
+        compiled=how[1],
+        note=note,
+    )
+
+
+def _phase_row(phase: Phase, model: str, train: TrainConfig, device: torch.device) -> Row:
+    timing = Timing(seconds=phase.seconds, low=phase.seconds, high=phase.seconds, rounds=1, memory=phase.memory)
+    low = compute_dtype(train.precision, device) == torch.bfloat16
+    how = "bf16" if low else "float32", train.compile
+    return _row("update", model, train.batch_size, timing, None, how, phase.name)
+
+
+def _divided(timing: Timing, parts: int) -> Timing:
+    spent = {name: getattr(timing, name) / parts for name in ("seconds", "low", "high")}
+    return dataclasses.replace(timing, **spent)
+
+
+def _without_weights(config: TokenizerConfig) -> TokenizerConfig:
+    encoder, decoder = (dataclasses.replace(vit, pretrained=None) for vit in (config.encoder, config.decoder))
+    return dataclasses.replace(config, encoder=encoder, decoder=decoder)
+
+
+def _stock_vit(config: TokenizerConfig, vit: ViTConfig) -> VisionTransformer:
+    """Return timm's transformer, whose register tokens stand for the latent tokens, so that both see as many."""
+    return VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=vit.width,
+        depth=vit.depth,
+        num_heads=vit.num_heads,
+        reg_tokens=config.num_latent_tokens,
+        init_values=1.0,
+        num_classes=0,
+    ).eval()
+
+
+def _pipeline(config: GeneratorConfig, arguments: argparse.Namespace, device: torch.device) -> GenerationPipeline:
+    tokens = {"num_latent_tokens": config.num_tokens, "latent_dim": config.latent_dim, "min_latent_tokens": None}
+    size = {} if arguments.size is None else {"image_size": arguments.size}
+    with torch.device(device):
+        tokenizer = ImageTokenizer(dataclasses.replace(_without_weights(preset(arguments.preset)), **tokens, **size))
+        return GenerationPipeline(LatentGenerator(config), tokenizer)
+
+
+def _evaluation_flops(config: GeneratorConfig) -> int:
+    """Count one evaluation of the network for one image."""
+
+    def evaluate(noisy: Tensor, time: Tensor) -> object:
+        network = LatentGenerator(config).network
+        return network(noisy, time, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))
+
+    return count_flops(evaluate, (1, config.num_tokens, config.latent_dim), (1,))

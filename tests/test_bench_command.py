@@ -1,0 +1,107 @@
+"""softvq bench: figures that follow from what was timed, and one sentence for what cannot be."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from softvq.commands import bench as command
+from softvq.commands import bench_jobs
+from softvq.evaluation.timing import Timing, count_flops
+from softvq.tokenizers.autoencoder import ImageTokenizer
+from softvq.tokenizers.presets import preset
+from tests.program import Program
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TINY = ("--preset", "softvq-tiny-16", "--batch", "2", "--rounds", "1", "--no-compile", "--precision", "float32")
+
+
+@pytest.fixture(autouse=True)
+def limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "matrix_peak", lambda *_: 1e10)
+    monkeypatch.setattr(command, "copy_rate", lambda *_: 2e9)
+
+
+@pytest.fixture
+def program(capsys: pytest.CaptureFixture[str]) -> Program:
+    return Program(capsys)
+
+
+def fix(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
+    """Call everything once, and let it seem to take so long."""
+
+    def timed(calls, *_, **__):
+        for call in calls:
+            call()
+        return [Timing(seconds=s, low=0.9 * s, high=1.3 * s, rounds=2, memory=2**29) for s in seconds]
+
+    monkeypatch.setattr(bench_jobs, "time_in_turns", timed)
+
+
+@pytest.mark.parametrize("job", ["encode", "decode"])
+def test_a_tokenizer_beside_timm(job: str, program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    fix(monkeypatch, 0.5, 0.25)
+    assert program("bench", job, *TINY, "--baseline", "timm", "--out", "x.json").code == 0
+    report = json.loads(Path("x.json").read_text())
+    ours, theirs = report["rows"]
+    assert (ours["job"], ours["model"], ours["batch"], ours["images_per_sec"]) == (job, "softvq-tiny-16", 2, 4.0)
+    config = preset("softvq-tiny-16")
+    shape = (3, 256, 256) if job == "encode" else (config.num_latent_tokens, config.latent_dim)
+    assert ours["flops"] == count_flops(getattr(ImageTokenizer(config), job), (2, *shape))
+    assert theirs["note"] == "ours takes 2.000 of its time"
+    assert (ours["precision"], ours["compiled"]) == ("float32", False)
+    share = f"{ours['flops'] / 0.5 / 1e10:.0%}"
+    table = program("bench", "table", "x.json").out
+    assert f"| {job} | softvq-tiny-16 | 2 | 500 ± 20.0% | 4 | {share} | 0.50 |  | float32, not compiled |" in table
+    assert "Matrix products and copies reached 0.01 TFLOP/s and 2 GB/s." in table
+
+
+def test_a_generator_is_timed_with_the_decoding(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    fix(monkeypatch, 0.4, 2.0)
+    small = ("--generator", "sit-tiny", "--tokens", "4", "--dim", "8", "--steps", "10")
+    assert program("bench", "sample", *TINY, *small, "--out", "x.json").code == 0
+    step, decoding = json.loads(Path("x.json").read_text())["rows"]
+    assert step["seconds"] == pytest.approx(0.1)  # four steps were timed
+    assert step["images_per_sec"] == pytest.approx(2 / (10 * 0.1 + 2.0))
+    assert decoding["images_per_sec"] == 1.0
+    alone = count_one(4)
+    assert step["flops"] == 2 * 2 * alone  # two images, each with its condition and without
+
+
+def count_one(tokens: int) -> int:
+    return bench_jobs._evaluation_flops(bench_jobs.generator_preset("sit-tiny", num_tokens=tokens, latent_dim=8))
+
+
+def test_operations_of_a_generator_grow_with_its_tokens() -> None:
+    assert 1.5 * count_one(4) < count_one(8) < 3 * count_one(4)
+
+
+def test_updates_of_recipes(program: Program) -> None:
+    tiny = (str(CONFIGS / "tiny.yaml"), "train.batch_size=2", "loss.perceptual_weight=0", "train.compile=false")
+    assert program("bench", "train-tokenizer", *tiny, "--device", "cpu", "--out", "t.json").code == 0
+    (row,) = json.loads(Path("t.json").read_text())["rows"]
+    assert (row["job"], row["model"], row["batch"], row["note"]) == ("update", "tiny", 2, "pixels")
+    assert row["images_per_sec"] == pytest.approx(2 / row["seconds"])
+    sit = (str(CONFIGS / "generators" / "sit-s.yaml"), "train.batch_size=2", "train.compile=false")
+    small = ("--tokens", "4", "--dim", "8", "model.network.width=24", "model.network.depth=1")
+    small += ("model.network.num_heads=2",)
+    assert program("bench", "train-generator", *sit, *small, "--device", "cpu", "--out", "g.json").code == 0
+    table = program("bench", "table", "t.json", "g.json").out
+    assert "| update | sit-s, 4 tokens | 2 |" in table
+    assert table.count("| update |") == 2
+    assert table.count("| job |") == 1
+    other = json.loads(Path("g.json").read_text()) | {"machine": "a better one"}
+    Path("o.json").write_text(json.dumps(other))
+    table = program("bench", "table", "t.json", "o.json", "g.json").out
+    assert table.count("| job |") == 2
+    assert table.index("| tiny |") < table.index("a better one") < table.rindex("| sit-s, 4 tokens |")
+
+
+def test_what_cannot_be_timed_is_one_sentence(program: Program) -> None:
+    program.refuses("bench", "encode", "--preset", "softvq-x", names=("preset is 'softvq-x'", "softvq-s-64"))
+    program.refuses("bench", "sample", "--generator", "sit-x", names=("no generator 'sit-x'", "sit-s"))
+    program.refuses("bench", "train-tokenizer", "no.yaml", names=("no.yaml",))
+    Path("there.json").write_text("{}")
+    program.refuses("bench", "encode", *TINY, "--out", "there.json", names=("there.json", "--overwrite"))
+    program.refuses("bench", "table", "there.json", names=("there.json", "machine"))
