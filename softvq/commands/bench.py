@@ -105,7 +105,8 @@ def _rows(arguments: argparse.Namespace, device: torch.device) -> Iterator[Row]:
 
 
 def _title(report: BenchReport) -> str:
-    return f"{_where(report)}, {'; '.join(dict.fromkeys(map(_how, report.rows)))}; matrix products and copies {_limits(report)}"
+    how = "; ".join(dict.fromkeys(map(_how, report.rows)))
+    return f"{_where(report)}, {how}; matrix products and copies {_limits(report)}"
 
 
 def _where(report: BenchReport) -> str:
