@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from softvq.arguments.speed import STANDARD
+from softvq.cli import main
 from softvq.commands import bench as command
 from softvq.commands import bench_jobs
+from softvq.commands.train import generator_recipe_of, read_recipe
 from softvq.evaluation.timing import Timing, count_flops
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.tokenizers.presets import preset
@@ -65,6 +68,9 @@ def test_a_generator_is_timed_with_the_decoding(program: Program, monkeypatch: p
     assert step["seconds"] == pytest.approx(0.1)  # four steps were timed
     assert step["images_per_sec"] == pytest.approx(2 / (10 * 0.1 + 2.0))
     assert decoding["images_per_sec"] == 1.0
+    assert program("bench", "sample", *TINY, *small, "--latents-only", "--out", "y.json").code == 0
+    (alone,) = json.loads(Path("y.json").read_text())["rows"]
+    assert alone["images_per_sec"] == pytest.approx(2 / (10 * 0.1))
     alone = count_one(4)
     assert step["flops"] == 2 * 2 * alone  # two images, each with its condition and without
 
@@ -96,6 +102,37 @@ def test_updates_of_recipes(program: Program) -> None:
     table = program("bench", "table", "t.json", "o.json", "g.json").out
     assert table.count("| job |") == 2
     assert table.index("| tiny |") < table.index("a better one") < table.rindex("| sit-s, 4 tokens |")
+
+
+@pytest.mark.parametrize("line", [line for lines in STANDARD.values() for line in lines])
+def test_standard_jobs_are_commands(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(command, "bench", asked.append)
+    assert main(["bench", *line.split()]) == 0
+    (job,) = asked
+    if job.job == "train-tokenizer":
+        read_recipe(CONFIGS.parent / job.config, job.overrides, {})
+    elif job.job == "train-generator":
+        shape = {"num_tokens": job.tokens, "latent_dim": job.dim, "num_classes": 10}
+        generator_recipe_of(CONFIGS.parent / job.config, job.overrides, {}, shape)
+    else:
+        assert preset(job.preset)
+
+
+def test_all_jobs_are_run_once(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    fix(monkeypatch, 0.5, 0.25)
+    lines = (f"encode {' '.join(TINY)}", f"decode {' '.join(TINY)}", "train-tokenizer nowhere.yaml")
+    monkeypatch.setitem(STANDARD, "cpu", lines)
+    first = program("bench", "all", "made", "--device", "cpu")
+    assert sorted(path.name for path in Path("made").iterdir()) == ["01-encode.json", "02-decode.json"]
+    assert "left out: nowhere.yaml is in softvq's repository; run this there" in first.err
+    assert "| encode | softvq-tiny-16 |" in first.out
+    before = Path("made/02-decode.json").read_bytes()
+    Path("made/01-encode.json").unlink()
+    monkeypatch.setattr(command, "copy_rate", lambda *_: 3e9)
+    assert program("bench", "all", "made", "--device", "cpu").code == 0
+    assert Path("made/02-decode.json").read_bytes() == before
+    assert json.loads(Path("made/01-encode.json").read_text())["copy_bytes"] == 3e9
 
 
 def test_what_cannot_be_timed_is_one_sentence(program: Program) -> None:

@@ -4,7 +4,35 @@ import argparse
 
 from softvq.arguments.shared import Commands, add_command, positive
 
-__all__ = ["add_bench"]
+__all__ = ["STANDARD", "add_bench"]
+
+RANDOM = "loss.alignment.pretrained=false loss.adversarial.discriminator.pretrained=false"
+BOTH = f"loss.perceptual_start=0 loss.perceptual_warmup_steps=0 loss.adversarial.start=0 {RANDOM}"
+STANDARD = {
+    "cuda": (
+        "sample --generator sit-xl --preset softvq-l-32 --tokens 32 --dim 64 --batch 64",
+        "sample --generator sit-xl --preset softvq-l-64 --tokens 64 --dim 32 --batch 64",
+        "sample --generator sit-xl --tokens 256 --dim 16 --batch 64 --latents-only",
+        "sample --generator sit-xl --tokens 1024 --dim 16 --batch 32 --latents-only",
+        "train-generator configs/generators/sit-xl.yaml --tokens 32 --dim 64 train.batch_size=128",
+        "train-generator configs/generators/sit-xl.yaml --tokens 32 --dim 64 train.batch_size=1024",
+        "train-generator configs/generators/sit-xl.yaml --tokens 64 --dim 32 train.batch_size=128",
+        "encode --preset softvq-b-64 --batch 128",
+        "decode --preset softvq-b-64 --batch 128",
+        "encode --preset softvq-l-64 --batch 128",
+        "decode --preset softvq-l-64 --batch 128",
+        "encode --preset softvq-bl-64 --size 512 --batch 64",
+        "decode --preset softvq-bl-64 --size 512 --batch 64",
+        f"train-tokenizer configs/softvq-b-64.yaml train.batch_size=64 {BOTH}",
+        f"train-tokenizer configs/softvq-l-64.yaml train.batch_size=32 {BOTH}",
+    ),
+    "cpu": (
+        "encode --preset softvq-s-64 --batch 4 --precision float32 --no-compile --baseline timm",
+        "decode --preset softvq-s-64 --batch 4 --precision float32 --no-compile --baseline timm",
+        "sample --generator sit-s --preset softvq-s-64 --batch 4 --steps 25 --precision float32 --no-compile",
+    ),
+}
+"""What `bench all` runs on a kind of device, as one would type it."""
 
 
 def add_bench(commands: Commands) -> None:
@@ -14,6 +42,7 @@ def add_bench(commands: Commands) -> None:
     for job in ("encode", "decode"):
         command = add_command(jobs, job, "bench:bench", f"time how fast a tokenizer can {job}")
         command.add_argument("--preset", default="softvq-s-64", metavar="NAME", help="its size (default: softvq-s-64)")
+        command.add_argument("--size", type=positive, metavar="N", help="side of the images (default: the preset's)")
         command.add_argument(
             "--baseline", choices=("timm",), help="time the bare transformer of timm at equal shapes too, in turns"
         )
@@ -28,6 +57,7 @@ def add_bench(commands: Commands) -> None:
     sample.add_argument("--sampler", default="euler", metavar="NAME", help="as in a sampling recipe (default: euler)")
     sample.add_argument("--steps", type=positive, default=250, metavar="N", help="for images/s (default: 250)")
     sample.add_argument("--guidance", type=float, default=1.75, metavar="SCALE", help="(default: 1.75)")
+    sample.add_argument("--latents-only", action="store_true", help="leave the decoding out")
     _add_shape(sample)
     _add_networks(sample)
     _add_common(sample)
@@ -39,6 +69,10 @@ def add_bench(commands: Commands) -> None:
             _add_shape(train)
             train.add_argument("--classes", type=positive, default=1000, metavar="N", help="(default: 1000)")
         _add_common(train)
+    every = add_command(jobs, "all", "bench:bench_all", "run a standard list of jobs, one file for each, and print all")
+    every.add_argument("out", metavar="DIR", help="folder of the results; what is in it is not measured again")
+    every.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    every.set_defaults(standard=STANDARD, parse=lambda line: bench.parse_args(line.split()))
     table = add_command(jobs, "table", "bench:bench_table", "print a Markdown table of files that --out wrote")
     table.add_argument("results", nargs="+", metavar="FILE", help="a JSON file")
 

@@ -23,7 +23,7 @@ from softvq.evaluation.timing import copy_rate, matrix_peak
 from softvq.files import write_json
 from softvq.training.distributed import choose_device
 
-__all__ = ["BenchReport", "bench", "bench_table"]
+__all__ = ["BenchReport", "bench", "bench_all", "bench_table"]
 
 JOBS = {
     "encode": bench_tokenizer,
@@ -76,9 +76,28 @@ def bench(arguments: argparse.Namespace) -> None:
         write_json(out, dataclasses.asdict(report))
 
 
+def bench_all(arguments: argparse.Namespace) -> None:
+    """Run a standard list of jobs, each as its command would, and go on where an earlier call stopped."""
+    out, device = Path(arguments.out), choose_device(arguments.device)
+    lines: Sequence[str] = arguments.standard[device.type]
+    for number, line in enumerate(lines, 1):
+        job = arguments.parse(line)
+        messages().print(f"{number} of {len(lines)}: softvq bench {line}", soft_wrap=True, highlight=False)
+        job.device, job.out = arguments.device, str(out / f"{number:02}-{job.job}.json")
+        if "config" in job and not Path(job.config).exists():
+            messages().print(f"left out: {job.config} is in softvq's repository; run this there", soft_wrap=True)
+        elif not Path(job.out).exists():
+            bench(job)
+    _print_tables(sorted(map(str, out.glob("*.json"))))
+
+
 def bench_table(arguments: argparse.Namespace) -> None:
     """Print the results of several calls as Markdown, a table for each machine and version."""
-    reports = [from_dict(BenchReport, read_json(Path(path)), path) for path in arguments.results]
+    _print_tables(arguments.results)
+
+
+def _print_tables(files: Sequence[str]) -> None:
+    reports = [from_dict(BenchReport, read_json(Path(path)), path) for path in files]
     lines = []
     for where in dict.fromkeys(_where(report) for report in reports):
         lines += [where, "", "| " + " | ".join((*HEADINGS, "networks")) + " |"]

@@ -68,7 +68,7 @@ class Row:
 
 def bench_tokenizer(arguments: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """Time encoding or decoding, and the bare timm transformer of equal shapes if it is asked for."""
-    config = _without_weights(preset(arguments.preset))
+    config = _tokenizer_config(arguments.preset, arguments.size)
     with torch.device(device):
         tokenizer = ImageTokenizer(config).eval()
         shape = (3, config.image_size, config.image_size)
@@ -113,11 +113,14 @@ def bench_sampling(arguments: argparse.Namespace, device: torch.device) -> Itera
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16"):
         sampling, decoding = time_in_turns(calls, device, rounds=arguments.rounds)
     step = _divided(sampling, NETWORK_STEPS)
-    whole = arguments.batch / (arguments.steps * step.seconds + decoding.seconds)
+    whole = arguments.steps * step.seconds + (0 if arguments.latents_only else decoding.seconds)
     name, how = f"{arguments.generator}, {arguments.tokens} tokens", (arguments.precision, arguments.compile)
-    note = f"{arguments.sampler}, {arguments.steps} steps and decoding"
-    yield dataclasses.replace(_row("step", name, arguments.batch, step, flops, how, note), images_per_sec=whole)
-    yield _row("decode", arguments.preset, arguments.batch, decoding, None, how)
+    note = f"{arguments.sampler}, {arguments.steps} steps{'' if arguments.latents_only else ' and decoding'}"
+    yield dataclasses.replace(
+        _row("step", name, arguments.batch, step, flops, how, note), images_per_sec=arguments.batch / whole
+    )
+    if not arguments.latents_only:
+        yield _row("decode", arguments.preset, arguments.batch, decoding, None, how)
 
 
 def bench_tokenizer_training(arguments: argparse.Namespace, device: torch.device) -> Iterator[Row]:
@@ -169,9 +172,10 @@ def _divided(timing: Timing, parts: int) -> Timing:
     return dataclasses.replace(timing, **spent)
 
 
-def _without_weights(config: TokenizerConfig) -> TokenizerConfig:
+def _tokenizer_config(name: str, size: int | None) -> TokenizerConfig:
+    config = preset(name)
     encoder, decoder = (dataclasses.replace(vit, pretrained=None) for vit in (config.encoder, config.decoder))
-    return dataclasses.replace(config, encoder=encoder, decoder=decoder)
+    return dataclasses.replace(config, encoder=encoder, decoder=decoder, image_size=size or config.image_size)
 
 
 def _stock_vit(config: TokenizerConfig, vit: ViTConfig) -> VisionTransformer:
@@ -190,9 +194,8 @@ def _stock_vit(config: TokenizerConfig, vit: ViTConfig) -> VisionTransformer:
 
 def _pipeline(config: GeneratorConfig, arguments: argparse.Namespace, device: torch.device) -> GenerationPipeline:
     tokens = {"num_latent_tokens": config.num_tokens, "latent_dim": config.latent_dim, "min_latent_tokens": None}
-    size = {} if arguments.size is None else {"image_size": arguments.size}
     with torch.device(device):
-        tokenizer = ImageTokenizer(dataclasses.replace(_without_weights(preset(arguments.preset)), **tokens, **size))
+        tokenizer = ImageTokenizer(dataclasses.replace(_tokenizer_config(arguments.preset, arguments.size), **tokens))
         return GenerationPipeline(LatentGenerator(config), tokenizer)
 
 
