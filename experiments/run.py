@@ -1,0 +1,272 @@
+"""Run an experiment: train and measure a small model for each of its cells and seeds, and put the figures side by side.
+
+    python experiments/run.py experiments/quantizers.yaml --data FOLDER --out OUT --device cuda:0 cuda:1 --jobs 4
+
+`FOLDER` holds `train` and `val`, each with one folder of photographs for each class. What is finished in OUT is not
+done again, so the same command goes on where it was cut off. `KEY=VALUE` changes a field of all recipes, and
+`generator.KEY=VALUE` one of the generators'.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from rich.console import Console
+
+import softvq
+from experiments import report
+from experiments.plan import Experiment, Job, Options, build_jobs, read_experiment
+from softvq.commands.common import machine_name
+from softvq.data.folder import DataConfig, PhotoFolder
+from softvq.errors import InputError
+from softvq.files import write_json, write_text
+from softvq.locks import folder_lock
+
+WORK = Path(__file__).with_name("work.py")
+OVERRIDE = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z0-9_]+)*=")
+POLL_SECONDS = 0.1
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Running:
+    """A job under way."""
+
+    process: subprocess.Popen[bytes]
+    """Its process."""
+    log: IO[bytes]
+    """What it prints goes here."""
+    slot: str
+    """The device it has."""
+    started: float
+    """When, in seconds."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what the arguments ask for; return 1 if a job failed, 2 if the arguments are wrong, else 0."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    # anywhere among the options, whose lists would take them for their own
+    overrides = tuple(text for text in given if OVERRIDE.match(text))
+    arguments = _parser().parse_args([text for text in given if text not in overrides])
+    try:
+        return _run(arguments, overrides, f"python experiments/run.py {shlex.join(given)}", console)
+    except InputError as error:
+        console.print(f"run.py: {error}", markup=False)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("experiment", type=Path, help="its YAML")
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/CLASS and val/CLASS")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to, and to go on in")
+    parser.add_argument("--device", nargs="+", default=["cpu"], help="cpu, or cuda:0 cuda:1 ... (default: cpu)")
+    parser.add_argument("--jobs", type=int, default=1, help="jobs at a time on each device (default: 1)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="in place of the experiment's")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cells, by their names or by levels")
+    parser.add_argument("--n", type=int, default=2000, help="images of each generator (default: 2000)")
+    parser.add_argument("--features", default="lite2", help="network to look through (default: lite2)")
+    parser.add_argument("--perceptual", default="auto", help="as softvq evaluate reconstruction takes it")
+    parser.add_argument("--workers", type=int, default=2, help="that decode for each evaluation (default: 2)")
+    parser.add_argument("--threads", type=int, default=2, help="of the processor for each job (default: 2)")
+    parser.add_argument("--dry-run", action="store_true", help="resolve all recipes, list the jobs and stop")
+    return parser
+
+
+def _run(arguments: argparse.Namespace, overrides: tuple[str, ...], command: str, console: Console) -> int:
+    if arguments.jobs < 1 or arguments.threads < 1:
+        raise InputError(f"--jobs is {arguments.jobs} and --threads {arguments.threads}, expected at least 1 each")
+    experiment = read_experiment(arguments.experiment)
+    kind, equals, file = arguments.features.partition("=")
+    options = Options(
+        data=arguments.data,
+        classes=_classes(arguments.data),
+        seeds=None if arguments.seeds is None else tuple(dict.fromkeys(arguments.seeds)),
+        only=tuple(arguments.only),
+        overrides=overrides,
+        n=arguments.n,
+        features=f"{kind}={Path(file).resolve()}" if equals else kind,  # jobs work in OUT
+        perceptual=arguments.perceptual,
+        workers=arguments.workers,
+    )
+    jobs, _ = build_jobs(experiment, options)
+    seeds = dict.fromkeys([*experiment.settings.seeds, *(options.seeds or ())])
+    known = build_jobs(experiment, dataclasses.replace(options, only=(), seeds=tuple(seeds)))
+    out = arguments.out
+    todo = [job for job in jobs.values() if not _finished(out, job)]
+    console.print(f"{experiment.settings.title}: {len(jobs)} jobs, {len(jobs) - len(todo)} of them finished")
+    varied = {key for cell in experiment.cells() for key in cell.fields}
+    for key in sorted(varied & {text.partition("=")[0] for text in overrides}):
+        console.print(f"warning: {key} is given for all cells, also for those that set it themselves", markup=False)
+    if arguments.dry_run:
+        for job in todo:
+            console.print(job.name, markup=False)
+        return 0
+    slots = arguments.device * arguments.jobs
+    with folder_lock(out, "written", leave=False):
+        failed = carry_out(todo, out, slots, arguments.threads, console)
+        _summarise(experiment, known, failed, out, arguments.device, command)
+    return 1 if failed else 0
+
+
+def _classes(data: Path) -> int:
+    """Return how many classes there are, and see that both folders have the same."""
+    names = [PhotoFolder(data / part, 16, DataConfig(), 0).classes for part in ("train", "val")]
+    if names[0] != names[1] or not names[0]:
+        raise InputError(f"{data}: train and val have different classes or none; give both a folder for each class")
+    return len(names[0])
+
+
+def _finished(out: Path, job: Job) -> bool:
+    try:
+        return json.loads((out / job.name / "result.json").read_text())["sha256"] == job.sha256
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def carry_out(todo: Sequence[Job], out: Path, slots: Sequence[str], threads: int, console: Console) -> dict[str, str]:
+    """Run jobs, as many at a time as there are slots, each when what it needs is finished.
+
+    Args:
+        todo: In an order in which those that others need come first.
+        out: Their folder.
+        slots: A device for each.
+        threads: Of the processor for each.
+        console: Says how each ended.
+
+    Returns:
+        Why jobs failed, in a line, by name.
+    """
+    waiting, running, free = {job.name: job for job in todo}, dict[str, Running](), list(slots)
+    failed: dict[str, str] = {}
+    total = len(todo)
+    try:
+        while waiting or running:
+            for name, job in list(waiting.items()):
+                lost = next((parent for parent in job.parents if parent in failed), None)
+                if lost is not None:
+                    failed[name] = f"needs {lost}, which failed"
+                    console.print(f"{name}: {failed[name]}", markup=False)
+                    del waiting[name]
+                elif free and not any(parent in waiting or parent in running for parent in job.parents):
+                    running[name] = _start(waiting.pop(name), out, free.pop(0), threads)
+            for name, job in list(running.items()):
+                code = job.process.poll()
+                if code is None:
+                    continue
+                del running[name]
+                job.log.close()
+                free.append(job.slot)
+                said = f"finished in {time.monotonic() - job.started:.0f} s"
+                if code:
+                    said = failed[name] = f"failed ({_last_line(out / name / 'log.txt') or f'exit code {code}'})"
+                console.print(f"{name}: {said}, {total - len(waiting) - len(running)} of {total}", markup=False)
+            time.sleep(POLL_SECONDS if running else 0)
+    finally:
+        for job in running.values():  # only when something else went wrong, such as Ctrl-C
+            job.process.terminate()
+        for job in running.values():
+            job.process.wait()
+            job.log.close()
+    return failed
+
+
+def _start(job: Job, out: Path, device: str, threads: int) -> Running:
+    folder = out / job.name
+    if folder.exists():  # of a job that was cut off, or of another recipe
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    write_text(folder / "recipe.yaml", job.recipe)
+    write_json(folder / "job.json", {"commands": [list(command) for command in job.commands], "sha256": job.sha256})
+    name, environment = _placed(device)
+    environment |= {"OMP_NUM_THREADS": str(threads), "COLUMNS": "160"}
+    log = (folder / "log.txt").open("wb")
+    process = subprocess.Popen(
+        [sys.executable, str(WORK), job.name, name],
+        cwd=out,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
+    return Running(process=process, log=log, slot=device, started=time.monotonic())
+
+
+def _placed(device: str) -> tuple[str, dict[str, str]]:
+    """Return what a job calls its device, and the environment in which it sees no other.
+
+    Without it each job would also hold memory on the first GPU.
+    """
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or not index:
+        return device, {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else None
+    if not index.isdigit() or (names is not None and int(index) >= len(names)):
+        raise InputError(f"--device has {device!r}, expected cpu or a GPU there is, such as cuda:0")
+    return "cuda", {"CUDA_VISIBLE_DEVICES": names[int(index)] if names else index}
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def _summarise(
+    experiment: Experiment,
+    known: tuple[Mapping[str, Job], Mapping[tuple[str, int], list[str]]],
+    failed: Mapping[str, str],
+    out: Path,
+    devices: Sequence[str],
+    command: str,
+) -> None:
+    """Write all figures there are, also of cells that were not asked for now, the table and the pictures."""
+    jobs, wanted = known
+    levels = {cell.name: cell.levels for cell in experiment.cells()}
+    rows: list[report.Row] = []
+    networks: set[str] = set()
+    for (cell, seed), names in wanted.items():
+        if not all(_finished(out, jobs[name]) for name in names):
+            continue
+        figures: dict[str, float] = {}
+        for name in names:
+            result: dict[str, Any] = json.loads((out / name / "result.json").read_text())
+            figures |= result["figures"]
+            networks |= {result["network"]} - {None}
+        rows.append(report.Row(cell=cell, levels=levels[cell], seed=seed, figures=figures))
+    network = ", ".join(sorted(networks)) or None
+    machine = ", ".join(dict.fromkeys(machine_name(torch.device(device)) for device in devices))
+    about = {"machine": machine, "softvq": softvq.__version__, "torch": torch.__version__, "command": command}
+    asked = {name: getattr(experiment.settings, name) for name in ("title", "question", "expected")}
+    plain = [dataclasses.asdict(row) for row in rows]
+    write_json(out / "results.json", {**asked, **about, "network": network, "rows": plain, "failed": dict(failed)})
+    found = report.summaries(rows)
+    facts = f"Machine: {machine}; softvq {softvq.__version__}, torch {torch.__version__}; sets seen through {network}."
+    lost = [f"{name}: {why}" for name, why in failed.items()]
+    write_text(out / "table.md", report.markdown(experiment, found, f"{facts} `{command}`", lost))
+    written = report.draw_plots(experiment, found, out, network)
+    console = Console(highlight=False, width=max(150, Console().width))  # narrower, it would cut figures off
+    for table in report.rich_tables(experiment, found):
+        console.print(table)
+    console.print(facts)
+    console.print(f"{out}: results.json, table.md, {', '.join(path.name for path in written)}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    # without this a terminated run would leave its jobs behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    raise SystemExit(main())

@@ -1,0 +1,76 @@
+"""Carry out one job of an experiment, in a process of its own: `python experiments/work.py FOLDER DEVICE`.
+
+`experiments/run.py` starts it in OUT. FOLDER holds `job.json`, which says what to do; `result.json` comes last, so that
+where it is, the job is finished.
+"""
+
+import importlib
+import json
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from softvq.cli import main as softvq
+from softvq.files import write_json
+
+DEVICE = "{device}"
+LOGGED = ("perplexity", "posterior_entropy")
+
+
+def figures_of(folder: Path) -> tuple[dict[str, float], str | None]:
+    """Return what a job's commands wrote, by `SOURCE.figure`, and through which network sets were seen."""
+    found: dict[str, float] = {}
+    network = None
+    for source in ("reconstruction", "generation"):
+        path = folder / source / f"{source}.json"
+        for row in json.loads(path.read_text())["rows"] if path.exists() else []:
+            found |= {f"{source}.{key}": value for key, value in row["figures"].items()}
+            network = row["network"] or network
+    path = folder / "probe" / "probe.json"
+    if path.exists():
+        probe = json.loads(path.read_text())
+        found |= {f"probe.{name}": probe[name]["accuracy"] for name in ("linear", "knn", "majority")}
+    return {key: value for key, value in found.items() if value is not None}, network
+
+
+def training_of(log: Path, source: str) -> dict[str, float]:
+    """Return speed and, of a tokenizer, the codebook's health at the end of a training, from its log."""
+    lines: list[dict[str, Any]] = [json.loads(line) for line in log.read_text().splitlines()]
+    # the first line's time holds the start, compiled code and recorded graphs; a run of one line has no other
+    paces = [line["clock"]["images_per_sec"] for line in lines if "images_per_sec" in line.get("clock", {})]
+    found = {f"{source}.images_per_sec": statistics.median(paces[1:] or paces)} if paces else {}
+    for name in LOGGED:
+        values = [line[name] for line in lines if line.get(name) is not None]
+        found |= {f"{source}.{name}": values[-1]} if values else {}
+    return found
+
+
+def work(folder: Path, device: str) -> int:
+    """Carry out a job's commands, one after the other, and write its result; return the first exit code but 0."""
+    job = json.loads((folder / "job.json").read_text())
+    importlib.import_module("softvq.commands.train")  # before a clock runs
+    figures: dict[str, float] = {}
+    for command in job["commands"]:
+        arguments = [device if argument == DEVICE else argument for argument in command]
+        print("$ softvq", *arguments, flush=True)
+        started = time.perf_counter()
+        code = softvq(arguments)
+        if code:
+            return code
+        if arguments[0] == "train":
+            source = "training" if arguments[1] == "tokenizer" else "generator"
+            figures[f"{source}.seconds"] = time.perf_counter() - started
+            figures |= training_of(folder / "run" / "log.jsonl", source)
+    measured, network = figures_of(folder)
+    # a checkpoint is several times as large as the model, and a cache is made anew in seconds
+    for name in ("run/checkpoints", "latents"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    write_json(folder / "result.json", {"sha256": job["sha256"], "figures": figures | measured, "network": network})
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(work(Path(sys.argv[1]), sys.argv[2]))

@@ -1,0 +1,339 @@
+"""Experiments: what their files ask for, intervals, pictures, and a tiny one from end to end."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scipy.stats
+import timm
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from experiments import report
+from experiments import run as runner
+from experiments.plan import FIGURES, Job, Options, build_jobs, read_experiment
+from experiments.plots import Point, plot
+from softvq.config import read_yaml
+from softvq.errors import InputError
+from softvq.evaluation.charts import COLOURS
+from tests.program import photograph, write_recipe
+
+FOLDER = Path(__file__).parents[1] / "experiments"
+PROXIES = sorted(FOLDER.glob("proxy*.yaml"))
+EXPERIMENTS = sorted(set(FOLDER.glob("*.yaml")) - set(PROXIES))
+CLASSES = 2
+BROKEN = 0.125
+STUB = f"""
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+print("it began")
+if "lr: {BROKEN}" in (folder / "recipe.yaml").read_text():
+    sys.exit("softvq: it is broken")
+job = json.loads((folder / "job.json").read_text())
+figures = {{"reconstruction.psnr": 20.0, "generation.frechet_distance": 3.0}}
+(folder / "result.json").write_text(json.dumps({{"sha256": job["sha256"], "figures": figures, "network": None}}))
+"""
+TINY = {
+    "title": "Tiny",
+    "question": "Does it run?",
+    "expected": "It does.",
+    "recipe": "recipe.yaml",
+    "generator": "generator.yaml",
+    "measure": ["reconstruction", "probe", "generation"],
+    "seeds": [0, 1],
+    "axes": {
+        "tokenizer": {"plain": {}, "broken": {"optim.lr": BROKEN}},
+        "steps": {"1": {"generator.train.steps": 1}, "2": {"generator.train.steps": 2}},
+    },
+    "skip": [["broken", "2"]],
+    "plots": [
+        {"x": "steps", "y": "generation.frechet_distance", "lines": "tokenizer", "log_x": True},
+        {"x": "tokenizer", "y": "reconstruction.psnr"},
+        {"x": "reconstruction.psnr", "y": "probe.linear"},
+    ],
+}
+
+
+def write_experiment(folder: Path, **changes: Any) -> Path:
+    """Write a tiny experiment with its recipes."""
+    write_recipe(folder / "recipe.yaml")
+    generator = {
+        "model": {"network": {"kind": "transformer", "width": 16, "depth": 1, "num_heads": 2}},
+        "train": {"batch_size": 4, "steps": 2, "log_every": 1, "sample_every": 0},
+        "sampling": {"steps": 2},
+    }
+    (folder / "generator.yaml").write_text(json.dumps(generator))
+    path = folder / "tiny.yaml"
+    path.write_text(json.dumps({key: value for key, value in {**TINY, **changes}.items() if value is not None}))
+    return path
+
+
+def plan(path: Path, **options: Any) -> tuple[dict[str, Job], dict[tuple[str, int], list[str]]]:
+    """Return the jobs of an experiment, of photographs that need not be there."""
+    return build_jobs(read_experiment(path), Options(**{"data": Path("photos"), "classes": CLASSES, **options}))
+
+
+def recipe_of(job: Job) -> dict[str, Any]:
+    return yaml.safe_load(job.recipe)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_cell_of_every_experiment_is_a_valid_recipe(path: Path) -> None:
+    experiment = read_experiment(path)
+    jobs, wanted = plan(path)
+    assert len(wanted) == len(experiment.cells()) * len(experiment.settings.seeds)
+    assert experiment.settings.plots
+    assert len({job.sha256 for job in jobs.values()}) == len(jobs)
+    order = list(jobs)
+    for job in jobs.values():
+        assert all(order.index(parent) < order.index(job.name) for parent in job.parents)
+        assert recipe_of(job)["data"]["path"] is None
+        assert f"seed-{recipe_of(job)['seed']}" in job.name
+    of_one_seed = [job for name, job in jobs.items() if name.startswith("tokenizers") and name.endswith("seed-0")]
+    different = {job.recipe for job in of_one_seed}
+    assert len(different) == len(of_one_seed)  # no two cells train the same twice
+
+
+@pytest.mark.parametrize("path", PROXIES, ids=lambda path: path.stem)
+def test_the_proxies_say_what_they_are(path: Path) -> None:
+    head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    for word in ("Hardware:", "Expectation:", "Source:"):
+        assert word in head
+    train = read_yaml(path)["train"]
+    assert (train["cuda_graph"], train["compile"], train["sample_every"]) == (True, False, 0)
+
+
+def test_every_experiment_is_in_the_readme() -> None:
+    text = (FOLDER / "README.md").read_text()
+    assert set(re.findall(r"experiments/(\w+\.yaml)", text)) >= {path.name for path in EXPERIMENTS}
+
+
+def test_cells_are_the_product_without_what_is_skipped(tmp_path: Path) -> None:
+    experiment = read_experiment(write_experiment(tmp_path))
+    assert [cell.name for cell in experiment.cells()] == ["plain, 1", "plain, 2", "broken, 1"]
+    jobs, wanted = plan(tmp_path / "tiny.yaml")
+    assert len(wanted) == 6
+    # the axis of the generator's steps has one tokenizer
+    assert [name for name in jobs if name.endswith("seed-0")] == [
+        "tokenizers/plain/seed-0",
+        "generators/plain-1/seed-0",
+        "generators/plain-2/seed-0",
+        "tokenizers/broken/seed-0",
+        "generators/broken-1/seed-0",
+    ]
+    steps = [recipe_of(jobs[f"generators/plain-{n}/seed-1"])["train"]["steps"] for n in (1, 2)]
+    assert steps == [1, 2]
+
+
+def test_what_is_common_then_the_cell_then_the_command_line(tmp_path: Path) -> None:
+    path = write_experiment(tmp_path, common={"optim.lr": 0.5, "train.steps": 3, "generator.optim.lr": 0.25})
+    options = {"seeds": (7,), "only": ("2",), "overrides": ("train.steps=5", "generator.optim.lr=0.125")}
+    jobs, wanted = plan(path, **options)
+    assert list(wanted) == [("plain, 2", 7)]
+    tokenizer, generator = (recipe_of(jobs[name]) for name in wanted["plain, 2", 7])
+    assert (tokenizer["optim"]["lr"], tokenizer["train"]["steps"], tokenizer["seed"]) == (0.5, 5, 7)
+    assert (generator["optim"]["lr"], generator["train"]["steps"], generator["seed"]) == (0.125, 2, 7)
+    tokenizer, generator = (recipe_of(job) for job in plan(path, seeds=(7,), only=("plain, 1",))[0].values())
+    assert (tokenizer["train"]["steps"], generator["train"]["steps"], generator["optim"]["lr"]) == (3, 1, 0.25)
+    jobs, _ = plan(path, overrides=("generator.train.steps=9",))
+    assert {recipe_of(job)["train"]["steps"] for name, job in jobs.items() if name.startswith("generators")} == {9}
+
+
+def test_a_cell_starts_from_another_with_the_same_seed(tmp_path: Path) -> None:
+    further = {"start_from": "cell:plain", "decoder_only": True}
+    # the one that is started from comes later, and was not asked for
+    changes = {"generator": None, "measure": ["reconstruction"], "skip": None, "plots": None}
+    path = write_experiment(tmp_path, axes={"training": {"further": further, "plain": {}}}, **changes)
+    jobs, wanted = plan(path, seeds=(3,), only=("further",))
+    assert list(jobs) == ["tokenizers/plain/seed-3", "tokenizers/further/seed-3"]
+    assert list(wanted) == [("further", 3)]
+    job = jobs["tokenizers/further/seed-3"]
+    assert job.parents == ("tokenizers/plain/seed-3",)
+    assert recipe_of(job)["start_from"] == "tokenizers/plain/seed-3/run/tokenizer"
+    other = plan(path, seeds=(3,), overrides=("optim.lr=0.5",))[0]
+    assert job.sha256 != other["tokenizers/further/seed-3"].sha256
+    further["start_from"] = "cell:further"
+    with pytest.raises(InputError, match="'further' starts from itself"):
+        plan(write_experiment(tmp_path, axes={"training": {"further": further}}, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"axes": {}}, "expected axes"),
+        ({"axes": {"steps": {"1": 3}}}, "axes.steps is .* expected levels"),
+        ({"skip": [["nothing"]]}, "skip has .'nothing'."),
+        ({"seeds": [1, 1]}, "seeds is .1, 1., expected at least one"),
+        ({"measure": ["generation", "beauty"]}, "measure.1. is 'beauty'"),
+        ({"generator": None}, "generator and 'generation' in measure belong together"),
+        ({"plots": [{"x": "steps", "y": "beauty"}]}, "y is 'beauty', expected one of reconstruction.psnr"),
+        ({"plots": [{"x": "beauty", "y": "probe.linear"}]}, "x is 'beauty'"),
+        ({"axes": {"a": {"x y": {}, "x, y": {}}}, "skip": [], "plots": []}, "the same folder"),
+        ({"axes": {"a": {"x": {"train.stepz": 1}}}, "skip": [], "plots": []}, "unknown field 'train.stepz'"),
+        ({"axes": {"a": {"x": {"start_from": "cell:y"}}}, "skip": [], "plots": []}, "start_from is 'cell:y'"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = write_experiment(tmp_path, **changes)
+    with pytest.raises(InputError, match=message):
+        plan(path)
+
+
+def test_only_names_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--only has 'nothing', expected one of plain, 1; plain, 2"):
+        plan(write_experiment(tmp_path), only=("nothing",))
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 7, 30, 500])
+def test_quantiles_are_those_of_scipy(freedom: int) -> None:
+    for probability in (0.9, 0.975):
+        expected = scipy.stats.t.ppf(probability, freedom)
+        assert report.student_quantile(freedom, probability) == pytest.approx(expected, rel=1e-7)
+
+
+def test_means_have_student_intervals() -> None:
+    levels, values = {"a": "x"}, (1.0, 2.0, 4.5)
+    rows = [
+        report.Row(cell="x", levels=levels, seed=seed, figures={"f": value, **({"g": 1.0} if seed else {})})
+        for seed, value in enumerate(values)
+    ]
+    found = report.summaries(rows)["x"]
+    low, high = scipy.stats.t.interval(0.95, 2, loc=2.5, scale=scipy.stats.sem(values))
+    assert found.halves["f"] == pytest.approx((high - low) / 2)
+    assert found.means == {"f": 2.5}  # a figure that a seed lacks has no mean over seeds
+    assert report.half_width([1.0]) is None
+
+
+def test_plots_have_a_colour_for_each_line() -> None:
+    series = {"a": [Point(x=0.01, y=1.0, half=0.5), Point(x=10.0, y=2.0)], "b": [Point(x=1.0, y=1.5, half=0.1)]}
+    image = plot(series, title="t", across="x", up="y", log_x=True)
+    named = plot({"": [Point(x=0.0, y=1.0)]}, title="t", across="x", up="y", names=["none", "lite0"])
+    seen = [{colour for _, colour in each.getcolors(1 << 20)} for each in (image, named)]
+    colours = [tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in COLOURS]
+    assert [[colour in each for colour in colours[:3]] for each in seen] == [[True, True, False], [True, False, False]]
+
+
+def make_classes(folder: Path) -> None:
+    """Write photographs of two classes, enough for the probe's neighbours."""
+    for part, count in (("train", 11), ("val", 3)):
+        for number, name in enumerate("ab"):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                photograph(32, 32, seed=i + 20 * number).save(folder / part / name / f"{i}.png")
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Return what runs the tiny experiment, with one thread for each job."""
+    write_experiment(tmp_path)
+    make_classes(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    given = ["tiny.yaml", "--data", "data", "--out", "out", "--n", "6", "--features", "timm:test_vit=vit.safetensors"]
+    given += ["--perceptual", "none", "--workers", "0", "--threads", "1", "--jobs", "2"]
+    return lambda *more: runner.main([*given, *more])
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let jobs pretend, so that their order and their failures are seen at once."""
+    path = tmp_path / "stub.py"
+    path.write_text(STUB)
+    monkeypatch.setattr(runner, "WORK", path)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
+
+
+@pytest.mark.usefixtures("stub")
+def test_a_failed_job_is_told_and_does_not_stop_the_others(
+    experiment: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert experiment() == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "Tiny: 10 jobs, 0 of them finished"
+    broken = [line for line in said if line.startswith("tokenizers/broken")]
+    assert [line.partition(": ")[2].partition(",")[0] for line in broken] == ["failed (softvq: it is broken)"] * 2
+    why = "needs tokenizers/broken/seed-1, which failed"
+    assert f"generators/broken-1/seed-1: {why}" in said
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(row["cell"], row["seed"]) for row in results["rows"]] == [
+        ("plain, 1", 0), ("plain, 1", 1), ("plain, 2", 0), ("plain, 2", 1),
+    ]  # fmt: skip
+    assert results["failed"]["generators/broken-1/seed-1"] == why
+    assert len(results["failed"]) == 4
+    assert "Failed: tokenizers/broken/seed-0: failed (softvq" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.usefixtures("stub")
+def test_what_is_finished_is_not_done_again(
+    experiment: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert experiment("--only", "plain") == 0
+    dates = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    assert len(dates) == 6
+    lost = out / "generators" / "plain-2" / "seed-1" / "result.json"
+    lost.unlink()
+    capsys.readouterr()
+    assert experiment("--only", "plain, 2") == 0
+    assert "4 jobs, 3 of them finished" in capsys.readouterr().err
+    assert {path for path in dates if path.stat().st_mtime_ns != dates[path]} == {lost}
+    # cells that were not asked for now are in the table all the same
+    assert len(json.loads((out / "results.json").read_text())["rows"]) == 4
+    assert experiment("optim.lr=0.5", "--only", "plain, 1", "--dry-run") == 0  # another recipe is another result
+    said = capsys.readouterr().err
+    assert "4 jobs, 0 of them finished" in said
+    assert "warning: optim.lr is given for all cells" in said
+
+
+@pytest.mark.slow
+def test_an_experiment_from_end_to_end(experiment: Callable[..., int], tmp_path: Path) -> None:
+    save_file(timm.create_model("test_vit", pretrained=False).state_dict(), tmp_path / "vit.safetensors")
+    assert experiment("--only", "plain, 1") == 0  # the tests above have more cells
+    out = tmp_path / "out"
+    results = json.loads((out / "results.json").read_text())
+    assert [(row["cell"], row["seed"]) for row in results["rows"]] == [("plain, 1", 0), ("plain, 1", 1)]
+    assert results["command"].startswith("python experiments/run.py tiny.yaml --data data")
+    assert {"machine", "torch", "softvq", "network", "question", "expected"} <= set(results)
+    figures = results["rows"][0]["figures"]
+    assert set(FIGURES) - set(figures) == {"reconstruction.st_lpips"}
+    judged = json.loads((out / "generators/plain-1/seed-0/generation/generation.json").read_text())
+    assert figures["generation.frechet_distance"] == judged["rows"][0]["figures"]["frechet_distance"]
+    assert judged["provenance"]["recipe"]["n"] == 6
+    table = (out / "table.md").read_text()
+    assert "| tokenizer | steps | seeds | PSNR in dB |" in table
+    assert table.count(" ± ") > 10
+    pictures = sorted(out.glob("*.png"))
+    assert [path.name for path in pictures] == [
+        "1-generation-frechet-distance.png", "2-reconstruction-psnr.png", "3-probe-linear.png",
+    ]  # fmt: skip
+    for path in pictures:
+        with Image.open(path) as picture:
+            assert picture.size == (960, 480)
+    assert not list(out.rglob("checkpoints"))
+
+
+def test_wrong_arguments_are_told_in_a_sentence(
+    experiment: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert experiment("--only", "nothing") == 2
+    assert experiment("--jobs", "0") == 2
+    (tmp_path / "data" / "val" / "b").rename(tmp_path / "data" / "val" / "c")
+    assert experiment() == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in lines[:1]] == ["run.py: --only has 'nothing'"]
+    assert lines[1] == "run.py: --jobs is 0 and --threads 1, expected at least 1 each"
+    assert lines[2].startswith("run.py: data: train and val have different classes or none")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_job_sees_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert runner._placed("cuda:1") == ("cuda", {"CUDA_VISIBLE_DEVICES": "1"})
+    assert runner._placed("cpu") == ("cpu", {})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert runner._placed("cuda:1") == ("cuda", {"CUDA_VISIBLE_DEVICES": "6"})
+    with pytest.raises(InputError, match="'cuda:2', expected cpu or a GPU there is"):
+        runner._placed("cuda:2")
