@@ -286,13 +286,13 @@ def test_products_are_of_whole_float32_on_a_gpu_and_settings_come_back(asked):
     try:
         torch.set_float32_matmul_precision(asked)
         outside = precisions()
-        with contextlib.suppress(KeyError), extractors._whole_float32(torch.device("cuda")):
+        with contextlib.suppress(KeyError), extractors.whole_float32(torch.device("cuda")):
             assert "tf32" not in precisions()
             assert torch.get_float32_matmul_precision() == "highest"
             raise KeyError
         assert precisions() == outside
         assert torch.get_float32_matmul_precision() == asked
-        with extractors._whole_float32(torch.device("cpu")):
+        with extractors.whole_float32(torch.device("cpu")):
             assert precisions() == outside
     finally:
         torch.set_float32_matmul_precision(before)

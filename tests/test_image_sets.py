@@ -217,7 +217,7 @@ def latent_file(path: Path, tokenizer: ImageTokenizer, count: int = 40, tokens: 
         latents=torch.randn(count, tokens, DIM, generator=torch.Generator().manual_seed(0)),
         names=tuple(f"cats/{place}.jpg" for place in range(count)),
         sizes=torch.tensor([[SIZE, 2 * SIZE]] * count),
-        fingerprint=tokenizer.fingerprint(),
+        fingerprint=tokenizer.latent_fingerprint(),
         softvq_version="0",
     )
     write_latents(path, content)
@@ -276,7 +276,7 @@ def test_of_a_cache_the_first_views_are_decoded(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(ImageTokenizer, "decode", painted)
     photos = np.stack([np.asarray(photograph(SIZE, SIZE, seed)) for seed in range(5)])
     folder = PhotoFolder(make_folder(tmp_path / "x", photos), SIZE, DataConfig(crop="center", flip=False), seed=0)
-    own = tokenizer.fingerprint()
+    own = tokenizer.latent_fingerprint()
     plan = CachePlan(tokenizer="m", fingerprint=own, tokens=TOKENS, dim=DIM, dtype="float32", softvq_version="0")
     write_cache(tmp_path / "cache", folder, plan, stripes, batch_size=2)
     images = open_images(tmp_path / "cache", tokenizer=tokenizer)

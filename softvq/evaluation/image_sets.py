@@ -306,7 +306,7 @@ def _needed(path: Path, tokenizer: ImageTokenizer | None) -> ImageTokenizer:
 
 
 def _latent_file(path: Path, tokenizer: ImageTokenizer) -> ImageSet:
-    content = read_latents(path, tokenizer.fingerprint())
+    content = read_latents(path, tokenizer.latent_fingerprint())
     sizes = [(height, width) for height, width in content.sizes.tolist()]
     for name, size in zip(content.names, sizes, strict=True):
         if size != sizes[0]:
@@ -319,7 +319,7 @@ def _latent_file(path: Path, tokenizer: ImageTokenizer) -> ImageSet:
 
 def _cache(path: Path, tokenizer: ImageTokenizer) -> ImageSet:
     side = cache_info(path).image_size
-    cache = read_cache(path, tokenizer.fingerprint())
+    cache = read_cache(path, tokenizer.latent_fingerprint())
     latents = cache.latents[:, 0].clone()  # a view would keep the mirrored ones in memory
     return _latents(path, latents, cache.names, (side, side), tokenizer)
 
