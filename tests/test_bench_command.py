@@ -71,6 +71,9 @@ def test_a_generator_is_timed_with_the_decoding(program: Program, monkeypatch: p
     assert program("bench", "sample", *TINY, *small, "--latents-only", "--out", "y.json").code == 0
     (alone,) = json.loads(Path("y.json").read_text())["rows"]
     assert alone["images_per_sec"] == pytest.approx(2 / (10 * 0.1))
+    for options, expected in ((("--guidance", "1"), 2 * count_one(4)), (("--sampler", "heun"), None)):
+        assert program("bench", "sample", *TINY, *small, *options, "--out", "z.json", "--overwrite").code == 0
+        assert json.loads(Path("z.json").read_text())["rows"][0]["flops"] == expected
     alone = count_one(4)
     assert step["flops"] == 2 * 2 * alone  # two images, each with its condition and without
 

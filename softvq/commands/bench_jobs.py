@@ -32,6 +32,8 @@ from softvq.training.trainer import TrainConfig
 
 __all__ = ["Row", "bench_generator_training", "bench_sampling", "bench_tokenizer", "bench_tokenizer_training"]
 
+ONE_EVALUATION = ("euler", "euler_maruyama", "ab2", "dpm++", "dpm++_sde", "ddpm", "ddim")
+"""Samplers that evaluate the network once a step."""
 NETWORK_STEPS = 4
 """Steps of the solver in a timed call of `sample`; the others would take as long."""
 
@@ -101,7 +103,10 @@ def bench_sampling(arguments: argparse.Namespace, device: torch.device) -> Itera
     """Time a step of a generator with guidance, and the decoding of its latents."""
     config = generator_preset(arguments.generator, num_tokens=arguments.tokens, latent_dim=arguments.dim)
     pipeline = _pipeline(config, arguments, device)
-    flops = None if arguments.generator.startswith("mar") else 2 * arguments.batch * _evaluation_flops(config)
+    seen = arguments.batch * (1 if arguments.guidance == 1 else 2)
+    # of MAR and of solvers with two evaluations a step the share would be of something else
+    counted = not arguments.generator.startswith("mar") and arguments.sampler in ONE_EVALUATION
+    flops = seen * _evaluation_flops(config) if counted else None
     pipeline = pipeline.to(device, "bf16" if arguments.precision == "bf16" else "fp32")
     if arguments.compile:
         pipeline.compile()
