@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from softvq.config import read_json
 from softvq.errors import InputError, RunError
 from softvq.files import read_tensors, replacing, write_json, write_tensors, write_text
+from softvq.pretrained import bundled
 
 __all__ = ["fingerprint", "load_folder", "load_strictly", "locate", "push", "save_folder"]
 
@@ -114,7 +115,8 @@ def locate(name_or_folder: Path | str, *, revision: str | None = None) -> Path:
     """Return where a model's files lie, fetched from the hub if need be.
 
     Args:
-        name_or_folder: A folder, or `owner/name` of a repository when no such folder exists.
+        name_or_folder: A folder; when no such folder exists, the name of a bundled model, such as `photos-64`, or
+            `owner/name` of a repository.
         revision: Branch, tag or commit of the repository.
 
     Returns:
@@ -124,7 +126,9 @@ def locate(name_or_folder: Path | str, *, revision: str | None = None) -> Path:
         InputError: If it cannot be found.
     """
     folder = Path(name_or_folder)
-    return folder if folder.exists() else _download(str(name_or_folder), revision)
+    if folder.exists():
+        return folder
+    return bundled(str(name_or_folder)) or _download(str(name_or_folder), revision)
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

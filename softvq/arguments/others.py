@@ -11,14 +11,19 @@ def add_others(commands: Commands) -> None:
         commands, "doctor", "doctor:doctor", "show what is installed, which devices there are, and what will be slow"
     )
     demo = add_command(
-        commands, "demo", "demo:demo", "train a tiny tokenizer on bundled photographs and show what it learned"
+        commands, "demo", "demo:demo", "show what bundled models do, or train a tiny tokenizer and show what it learned"
     )
     demo.add_argument("--out", default="softvq-demo", metavar="DIR", help="where to write (default: softvq-demo)")
+    demo.add_argument(
+        "--train",
+        action="store_true",
+        help="train a tiny tokenizer on bundled photographs, which is done too where no model is bundled",
+    )
     demo.add_argument(
         "--steps",
         type=positive,
         metavar="N",
-        help="train so many steps instead of the recipe's, which take about two minutes",
+        help="train so many steps instead of the recipe's, which take about two minutes; implies --train",
     )
     demo.add_argument("--seed", type=int, default=0, help="what all randomness derives from (default: 0)")
     demo.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
