@@ -37,7 +37,7 @@ class TokenizerReference:
     name: str | None = None
     """A folder, perhaps relative to the generator's, or a repository."""
     fingerprint: str | None = None
-    """Of the tokenizer; null in released generators, which do not say."""
+    """`ImageTokenizer.latent_fingerprint()`; null in released generators, which do not say."""
 
 
 class LatentGenerator(nn.Module):
