@@ -2,7 +2,7 @@
 
 python3 ?= python3
 JOBS    ?= 2
-BENCHMARKS := tokenizer_vs_timm quantizers generation_speed
+BENCHMARKS := quantizers generation_speed
 bin     := .venv/bin
 stamp   := .venv/.installed
 
@@ -42,6 +42,7 @@ demo: install
 	@$(bin)/softvq demo
 
 bench: install
+	@set -e; for job in encode decode; do $(bin)/softvq bench $$job --baseline timm --batch 4 --precision float32 --no-compile; done
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(bin)/python benchmarks/$$name.py; done
 
 clean:

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from softvq.evaluation.charts import COLOURS, FAINT, INK, LINE, PAPER
+from softvq.evaluation.charts import COLOURS, FAINT, INK, LINE, PAPER, round_ticks, widened
 
 __all__ = ["Point", "plot"]
 
 SCALE = 2  # drawn larger and shrunk, since Pillow's lines have no soft edges
 WIDTH, HEIGHT = 960, 480
 LEFT, RIGHT, TOP, BOTTOM = 90, 24, 66, 58
-LEGEND_PX, FONT_PX, ROW_PX, LETTER_PX, TICKS = 210, 14, 17, 7.5, 6
+LEGEND_PX, FONT_PX, ROW_PX, LETTER_PX = 210, 14, 17, 7.5
 Numbers = tuple[float, float]
 
 
@@ -80,9 +80,9 @@ class _Drawn:
         self.bottom = BOTTOM + ROW_PX * (max(map(len, self.names), default=1) - 1)
         points = [point for line in series.values() for point in line]
         xs = [self.placed(point.x) for point in points]
-        self.across = (-0.5, len(names) - 0.5) if names else _widened((min(xs), max(xs)), 0.03)
+        self.across = (-0.5, len(names) - 0.5) if names else widened((min(xs), max(xs)), 0.03)
         lows, highs = ([point.y + sign * (point.half or 0.0) for point in points] for sign in (-1, 1))
-        self.up = _widened((min(lows), max(highs)), 0.06)
+        self.up = widened((min(lows), max(highs)), 0.06)
 
     def placed(self, x: float) -> float:
         return math.log10(x) if self.log_x else x
@@ -97,7 +97,7 @@ class _Drawn:
         self.draw.text((place[0] * SCALE, place[1] * SCALE), _plain(words), colour, self.font, anchor=anchor)
 
     def frame(self, title: str, across: str, up: str, ticks: Sequence[float]) -> None:
-        for y in _ticks(self.up):
+        for y in round_ticks(self.up):
             left, height = self.at(self.across[0], y)
             self.draw.line([(left, height), (self.right * SCALE, height)], fill=LINE, width=SCALE)
             self.draw.text((left - 8 * SCALE, height), f"{y:.6g}", FAINT, self.font, anchor="rm")
@@ -114,7 +114,7 @@ class _Drawn:
     def numbers(self) -> list[float]:
         """Return the labelled numbers of x."""
         if not self.log_x:
-            return _ticks(self.across)
+            return round_ticks(self.across)
         low, high = self.across
         decades = range(math.floor(low), math.ceil(high) + 1)
         factors = (1, 2, 5) if high - low < 2.5 else (1, 3)
@@ -146,18 +146,3 @@ class _Drawn:
 def _plain(words: str) -> str:
     # the font that comes with Pillow has no accents
     return unicodedata.normalize("NFKD", words).encode("ascii", "ignore").decode()
-
-
-def _ticks(ends: Numbers) -> list[float]:
-    rough = (ends[1] - ends[0]) / TICKS
-    size = 10.0 ** math.floor(math.log10(rough))
-    step = size * next(factor for factor in (1, 2, 5, 10) if factor * size >= rough * (1 - 1e-9))
-    found = [step * i for i in range(math.ceil(ends[0] / step - 1e-9), math.floor(ends[1] / step + 1e-9) + 1)]
-    return [0.0 if abs(value) < step / 2 else value for value in found]
-
-
-def _widened(ends: Numbers, share: float) -> Numbers:
-    low, high = ends
-    if not high > low:
-        return low - 0.5, low + 0.5
-    return low - share * (high - low), high + share * (high - low)

@@ -7,14 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import scipy.stats
 from rich.table import Table
 
 from experiments.plan import FIGURES, Experiment, Plot
 from experiments.plots import Point, plot
 
-__all__ = ["Row", "Summary", "draw_plots", "half_width", "markdown", "rich_tables", "student_quantile", "summaries"]
-
-PANELS = 400
+__all__ = ["Row", "Summary", "draw_plots", "half_width", "markdown", "rich_tables", "summaries"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,39 +44,11 @@ class Summary:
     """Half the width of the interval of each mean; None with one seed."""
 
 
-def student_quantile(freedom: int, probability: float = 0.975) -> float:
-    """Return the quantile of Student's distribution.
-
-    Args:
-        freedom: Degrees of freedom, at least 1.
-        probability: Above 0.5 and below 1.
-
-    Returns:
-        The number below which a draw lies with that probability.
-    """
-    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
-
-    def below(end: float) -> float:
-        # t = sqrt(freedom) tan(angle) makes the tail finite and the integrand smooth
-        last = math.atan(end / math.sqrt(freedom))
-        values = [math.cos(last * i / PANELS) ** (freedom - 1) for i in range(PANELS + 1)]
-        simpson = values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2])
-        return 0.5 + math.exp(log_scale) * math.sqrt(freedom) * simpson * last / (3 * PANELS)
-
-    low, high = 0.0, 1.0
-    while below(high) < probability:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if below(middle) < probability else (low, middle)
-    return (low + high) / 2
-
-
 def half_width(values: Sequence[float]) -> float | None:
     """Return half the width of the 95 % Student interval of a mean; None of a single value."""
     if len(values) < 2:
         return None
-    return student_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return float(scipy.stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def summaries(rows: Iterable[Row]) -> dict[str, Summary]:

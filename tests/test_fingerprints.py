@@ -6,33 +6,21 @@ import pytest
 import torch
 
 from softvq.tokenizers.autoencoder import ImageTokenizer
-from softvq.tokenizers.config import TokenizerConfig
 from softvq.tokenizers.quantizers import SoftVQConfig
-from softvq.tokenizers.vit import ViTConfig
-
-VIT = ViTConfig(width=48, depth=2, num_heads=3)
-CONFIG = TokenizerConfig(
-    encoder=VIT,
-    decoder=VIT,
-    num_latent_tokens=8,
-    latent_dim=6,
-    quantizer=SoftVQConfig(codebook_size=32, num_codebooks=2),
-    image_size=64,
-    patch_size=16,
-)
+from tests.program import MODEL
 
 
 @pytest.fixture
 def tokenizer():
     torch.manual_seed(0)
-    return ImageTokenizer(CONFIG).eval()
+    return ImageTokenizer(MODEL).eval()
 
 
 def test_the_fingerprint_tells_weights_statistics_and_configs_apart(tokenizer):
     first = tokenizer.fingerprint()
     tokenizer.latent_mean[0] = 1
     second = tokenizer.fingerprint()
-    softer = dataclasses.replace(CONFIG, quantizer=SoftVQConfig(codebook_size=32, num_codebooks=2, temperature=0.08))
+    softer = dataclasses.replace(MODEL, quantizer=SoftVQConfig(codebook_size=16, num_codebooks=2, temperature=0.08))
     other = ImageTokenizer(softer)
     other.load_state_dict(tokenizer.state_dict())
     assert len({first, second, other.fingerprint()}) == 3
@@ -58,15 +46,15 @@ def test_the_latents_fingerprint_is_of_what_decides_them(tokenizer, name, decide
 @pytest.mark.parametrize(
     ("change", "decides"),
     [
-        ({"quantizer": SoftVQConfig(codebook_size=32, num_codebooks=2, temperature=0.08)}, True),
-        ({"quantizer": SoftVQConfig(codebook_size=32, num_codebooks=2, entropy_weight=0.5)}, False),
+        ({"quantizer": SoftVQConfig(codebook_size=16, num_codebooks=2, temperature=0.08)}, True),
+        ({"quantizer": SoftVQConfig(codebook_size=16, num_codebooks=2, entropy_weight=0.5)}, False),
         ({"min_latent_tokens": 1}, False),
         ({"head_channels": 3}, False),
-        ({"encoder": dataclasses.replace(CONFIG.encoder, layer_scale_init=0.5)}, False),
-        ({"decoder": dataclasses.replace(CONFIG.decoder, depth=CONFIG.decoder.depth + 1)}, False),
+        ({"encoder": dataclasses.replace(MODEL.encoder, layer_scale_init=0.5)}, False),
+        ({"decoder": dataclasses.replace(MODEL.decoder, depth=MODEL.decoder.depth + 1)}, False),
     ],
 )
 def test_a_config_decides_latents_unless_it_is_of_training_or_the_decoder(tokenizer, change, decides):
-    other = ImageTokenizer(dataclasses.replace(CONFIG, **change))
+    other = ImageTokenizer(dataclasses.replace(MODEL, **change))
     other.load_state_dict(tokenizer.state_dict(), strict=False)
     assert (other.latent_fingerprint() != tokenizer.latent_fingerprint()) == decides

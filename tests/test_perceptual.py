@@ -319,3 +319,11 @@ def test_a_package_without_its_file_or_with_half_of_it_is_named(monkeypatch, tmp
     torch.save({"heads.0": torch.zeros(64)}, path)
     with pytest.raises(InputError, match=r"scaling_layer.shift is not what the distance has"):
         load_perceptual()
+
+
+def test_one_target_stands_for_all_images() -> None:
+    distance = PerceptualDistance(widths=(4, 6), depths=(1, 2))
+    images, target = torch.rand(3, 3, 24, 24) * 2 - 1, torch.rand(1, 3, 24, 24) * 2 - 1
+    expected = distance(images, target.expand_as(images))
+    assert len(expected.unique()) == 3
+    torch.testing.assert_close(distance(images, target), expected)

@@ -60,8 +60,6 @@ def test_operations_of_a_linear_layer_and_of_attention() -> None:
 
 @pytest.mark.gpu
 def test_events_measure_a_gpus_time_and_memory() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     device = torch.device("cuda")
     small, large = (torch.randn(n, n, device=device) for n in (64, 8192))
     first, second = time_in_turns([lambda: small @ small, lambda: large @ large], device, rounds=5)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softvq.evaluation.pictures import grid
 
-__all__ = ["bar_chart", "heat_map", "line_chart", "photo_map", "strips"]
+__all__ = ["bar_chart", "heat_map", "line_chart", "photo_map", "round_ticks", "strips", "widened"]
 
 PAPER, INK, FAINT, LINE = "#ffffff", "#1c1c1e", "#6e6e73", "#e2e2de"
 COLOURS = (
@@ -157,12 +157,12 @@ class _Plot:
     ) -> None:
         self.image = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
         self.draw = ImageDraw.Draw(self.image)
-        self.across, self.up = _widened(across, 0.0), _widened(up, 0.04)
-        for y in _ticks(self.up):
+        self.across, self.up = widened(across, 0.0), widened(up, 0.04)
+        for y in round_ticks(self.up):
             _, height = self.at(self.across[0], y)
             self.draw.line([(LEFT, height), (WIDTH - RIGHT, height)], fill=LINE)
             self.draw.text((LEFT - 8, height), f"{y:.6g}", FAINT, _font(), anchor="rm")
-        for x in _ticks(self.across) if ticks else []:
+        for x in round_ticks(self.across) if ticks else []:
             self.draw.text((self.at(x, self.up[0])[0], HEIGHT - BOTTOM + 5), f"{x:.6g}", FAINT, _font(), anchor="ma")
         self.draw.text((LEFT, 8), up_name, INK, _font())
         self.draw.text((WIDTH - RIGHT, HEIGHT - 4), across_name, INK, _font(), anchor="rd")
@@ -183,15 +183,17 @@ class _Plot:
             right -= 16
 
 
-def _ticks(ends: tuple[float, float]) -> list[float]:
+def round_ticks(ends: tuple[float, float]) -> list[float]:
     """Return round numbers between two ends, about as many as TICKS."""
     rough = (ends[1] - ends[0]) / TICKS
     size = 10.0 ** math.floor(math.log10(rough))
     step = size * next(factor for factor in (1, 2, 5, 10) if factor * size >= rough * (1 - 1e-9))
-    return [step * i for i in range(math.ceil(ends[0] / step - 1e-9), math.floor(ends[1] / step + 1e-9) + 1)]
+    found = [step * i for i in range(math.ceil(ends[0] / step - 1e-9), math.floor(ends[1] / step + 1e-9) + 1)]
+    return [0.0 if abs(value) < step / 2 else value for value in found]  # else a minus may stand before the 0
 
 
-def _widened(ends: tuple[float, float], share: float) -> tuple[float, float]:
+def widened(ends: tuple[float, float], share: float) -> tuple[float, float]:
+    """Return two ends with a share of their distance beyond each, or 0.5 where they are one."""
     low, high = ends
     if not high > low:
         return low - 0.5, low + 0.5

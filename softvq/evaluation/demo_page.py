@@ -1,7 +1,5 @@
 """What a tokenizer does, part by part, and a page of it: fewer tokens, between two photographs, what tokens paint."""
 
-import base64
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +11,9 @@ from torch import Tensor
 
 from softvq.evaluation.attribution import owner_picture, token_attribution, token_maps
 from softvq.evaluation.metrics import compression_ratio, psnr
-from softvq.evaluation.page import escaped, html_page
+from softvq.evaluation.page import data_uri, escaped, facts_table, html_page
 from softvq.evaluation.pictures import Pictures, as_images, grid
-from softvq.losses.perceptual import PerceptualDistance, feature_distance
+from softvq.losses.perceptual import PerceptualDistance
 from softvq.tokenizers.autoencoder import ImageTokenizer
 
 __all__ = [
@@ -132,7 +130,7 @@ def fewer_tokens(
     found = []
     for name, credit, image, of_image in zip(names, credits, images, copies, strict=True):
         decibels = psnr(of_image, image.expand_as(of_image)).tolist()
-        distances = [] if distance is None else _distances(distance, image, of_image)
+        distances = [] if distance is None else distance(of_image, image[None]).tolist()
         found.append(
             FewerTokens(
                 name=name,
@@ -232,19 +230,10 @@ def demo_page(title: str, parts: DemoParts, facts: Mapping[str, str]) -> str:
     sections = [_fewer_section(parts), _between_section(parts), _tokens_section(parts.tokens)]
     if parts.samples is not None:
         sections.append(_samples_section(parts.samples))
-    rows = "\n".join(f'<tr><th scope="row">{escaped(k)}</th><td>{escaped(v)}</td></tr>' for k, v in facts.items())
-    sections.append(f"<h2>How this page was made</h2>\n<table>\n{rows}\n</table>")
+    sections.append(facts_table(facts))
     lead = "A trained tokenizer turns each photograph into a short row of tokens and paints it again from nothing else."
     tiles = "\n".join(f"<div><dt>{k}</dt><dd>{v}<small>{note}</small></dd></div>" for k, v, note in _summary(parts))
     return html_page(title, lead, tiles, "\n".join(sections), DEMO_STYLE)
-
-
-def _distances(distance: PerceptualDistance, image: Tensor, copies: Tensor) -> list[float]:
-    """Compare copies with one image, whose features are computed once; the network is most of the demo's time."""
-    total = torch.zeros(len(copies), device=copies.device)
-    for features, head in zip(distance.features(torch.cat([image[None], copies])), distance.heads, strict=True):
-        total += feature_distance(features[1:], features[:1].expand_as(features[1:]), head)
-    return total.tolist()
 
 
 def _summary(parts: DemoParts) -> list[tuple[str, str, str]]:
@@ -342,15 +331,10 @@ def _section(title: str, text: str, content: str) -> str:
 def _figure(picture: Image.Image, alternative: str, caption: str = "") -> str:
     width, height = picture.size
     below = f"<figcaption>{escaped(caption)}</figcaption>" if caption else ""
-    image = f'<img src="{_jpeg(picture)}" width="{width}" height="{height}" alt="{escaped(alternative)}">'
-    return f"<figure>{image}{below}</figure>"
-
-
-def _jpeg(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
     # About a hundred pictures: as PNG the page would have ten megabytes. The files beside it are lossless.
-    picture.convert("RGB").save(buffer, "JPEG", quality=92, subsampling=0)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    source = data_uri(picture, lossless_pixels=0)
+    image = f'<img src="{source}" width="{width}" height="{height}" alt="{escaped(alternative)}">'
+    return f"<figure>{image}{below}</figure>"
 
 
 def _steps(parts: DemoParts) -> list[str]:

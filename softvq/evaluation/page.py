@@ -14,7 +14,7 @@ from PIL import Image
 from softvq.evaluation.metrics import compression_ratio, mean_colour_psnr, psnr, ssim
 from softvq.evaluation.pictures import Pictures, as_images, as_tensor
 
-__all__ = ["Reconstruction", "data_uri", "escaped", "html_page", "measure", "reconstruction_page"]
+__all__ = ["Reconstruction", "data_uri", "escaped", "facts_table", "html_page", "measure", "reconstruction_page"]
 
 MAX_SIDE_PX = 1024  # larger pictures are shrunk, the page would grow by megabytes
 LOSSLESS_PIXELS = 512 * 512  # up to here PNG, above it JPEG
@@ -107,13 +107,11 @@ def reconstruction_page(title: str, items: Sequence[Reconstruction], facts: Mapp
         The text of the file; names, captions and facts are escaped, so they may come from strangers.
     """
     assert items, "no photographs"
-    rows = "\n".join(f'<tr><th scope="row">{escaped(k)}</th><td>{escaped(v)}</td></tr>' for k, v in facts.items())
-    facts_table = f"<h2>How this page was made</h2>\n<table>\n{rows}\n</table>" if rows else ""
     return html_page(
         title,
         "Each photograph was encoded to a short row of tokens and decoded from nothing else.",
         "\n".join(_tile(label, value, note) for label, value, note in _summary(items)),
-        MAIN.substitute(cards="\n".join(_card(item) for item in items), facts=facts_table),
+        MAIN.substitute(cards="\n".join(_card(item) for item in items), facts=facts_table(facts)),
     )
 
 
@@ -181,17 +179,23 @@ def _figure(picture: Image.Image, caption: str, alternative: str) -> str:
     )
 
 
-def data_uri(picture: Image.Image) -> str:
-    """Return a picture as the address of an image that needs no file."""
+def data_uri(picture: Image.Image, lossless_pixels: int = LOSSLESS_PIXELS) -> str:
+    """Return a picture as the address of an image that needs no file: PNG up to so many pixels, JPEG above."""
     picture = picture.convert("RGB")
     picture.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), Image.Resampling.LANCZOS)
-    lossless = picture.width * picture.height <= LOSSLESS_PIXELS
+    lossless = picture.width * picture.height <= lossless_pixels
     buffer = io.BytesIO()
     if lossless:
         picture.save(buffer, "PNG", optimize=True)
     else:
         picture.save(buffer, "JPEG", quality=92, subsampling=0)
     return f"data:image/{'png' if lossless else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def facts_table(facts: Mapping[str, str]) -> str:
+    """Return what a reader needs to get a page again, as a table under a heading; nothing where there are no facts."""
+    rows = "\n".join(f'<tr><th scope="row">{escaped(k)}</th><td>{escaped(v)}</td></tr>' for k, v in facts.items())
+    return f"<h2>How this page was made</h2>\n<table>\n{rows}\n</table>" if rows else ""
 
 
 def escaped(text: str) -> str:

@@ -72,13 +72,14 @@ class PerceptualDistance(nn.Module):
         return self
 
     def forward(
-        self, images: Float[Tensor, "batch 3 height width"], targets: Float[Tensor, "batch 3 height width"]
+        self, images: Float[Tensor, "batch 3 height width"], targets: Float[Tensor, "#batch 3 height width"]
     ) -> Float[Tensor, "batch"]:
         """Return the distance of each image to its target, in float32.
 
         Args:
             images: RGB in [-1, 1] or beyond it (a reconstruction need not be clamped), height and width from 18 px.
-            targets: The same shape. Unless they take a gradient themselves, only their compared maps are kept.
+            targets: The same shape, or one picture for all images. Unless they take a gradient themselves, only their
+                compared maps are kept.
 
         Returns:
             One distance per picture, >= 0, zero for equal pictures; 0.1 is close, 0.7 has little in common.
@@ -133,14 +134,14 @@ def blur_pool(x: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "
 
 def feature_distance(
     a: Float[Tensor, "batch channel height width"],
-    b: Float[Tensor, "batch channel height width"],
+    b: Float[Tensor, "#batch channel height width"],
     weight: Float[Tensor, "channel"],
 ) -> Float[Tensor, "batch"]:
     """Compare two feature maps pixel by pixel on the unit sphere and average over the pixels, in float32.
 
     Args:
         a: Activations of any scale; only the direction of each pixel's channels counts.
-        b: The same of another picture.
+        b: The same of another picture, or of one for all.
         weight: What each channel's squared difference counts, >= 0.
 
     Returns:

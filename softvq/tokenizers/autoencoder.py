@@ -14,7 +14,7 @@ from softvq.config import flat, from_dict, to_dict
 from softvq.errors import InputError
 from softvq.randomness import fold_in
 from softvq.tokenizers import released
-from softvq.tokenizers.config import TRAINING_FIELDS, TokenizerConfig
+from softvq.tokenizers.config import FREE_FIELDS, TokenizerConfig
 from softvq.tokenizers.corruption import CorruptionConfig, noisy, patch_mask
 from softvq.tokenizers.quantizers import build_quantizer, code_shape, innermost, unit_vectors
 from softvq.tokenizers.vit import ViTDecoder, ViTEncoder, load_timm_weights
@@ -24,8 +24,6 @@ __all__ = ["ImageTokenizer", "TokenizerOutput"]
 NO_CORRUPTION = CorruptionConfig()
 PAINTERS = ("decoder.", "from_latents.", "head_channels")
 """Beginnings of the names of fields and weights that latents do not depend on."""
-UNSEEN = (*TRAINING_FIELDS, "min_latent_tokens")
-"""Ends of the names of fields that they do not depend on."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -288,7 +286,7 @@ class ImageTokenizer(nn.Module):
         """
         config, tensors = flat(to_dict(self.config)), self.state_dict()
         return hub.fingerprint(
-            {name: config[name] for name in config if not name.startswith(PAINTERS) and not name.endswith(UNSEEN)},
+            {name: config[name] for name in config if not name.startswith(PAINTERS) and not name.endswith(FREE_FIELDS)},
             {name: tensors[name] for name in tensors if not name.startswith(PAINTERS)},
         )
 

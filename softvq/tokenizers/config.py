@@ -6,10 +6,10 @@ from softvq.errors import InputError
 from softvq.tokenizers.quantizers import QuantizerConfig, SoftVQConfig, check_quantizer
 from softvq.tokenizers.vit import ViTConfig
 
-__all__ = ["TRAINING_FIELDS", "TokenizerConfig"]
+__all__ = ["FREE_FIELDS", "TokenizerConfig"]
 
-TRAINING_FIELDS = ("pretrained", "init", "layer_scale_init", "_weight")
-"""Ends of the names of fields that only training looks at."""
+FREE_FIELDS = ("pretrained", "init", "layer_scale_init", "min_latent_tokens", "_weight")
+"""Ends of the names of fields that change neither the weights' shapes nor the latents."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

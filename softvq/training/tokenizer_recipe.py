@@ -14,7 +14,7 @@ from softvq.losses.perceptual import load_perceptual
 from softvq.randomness import manual_seed
 from softvq.tokenizers.alignment import AlignmentConfig, check_alignment
 from softvq.tokenizers.autoencoder import ImageTokenizer
-from softvq.tokenizers.config import TRAINING_FIELDS, TokenizerConfig
+from softvq.tokenizers.config import FREE_FIELDS, TokenizerConfig
 from softvq.tokenizers.corruption import CorruptionConfig
 from softvq.tokenizers.presets import preset
 from softvq.tokenizers.quantizers import innermost
@@ -26,8 +26,6 @@ from softvq.training.trainer import TrainConfig
 __all__ = ["TokenizerRunConfig", "build_task", "expand_preset", "idle_settings"]
 
 T = TypeVar("T")
-FREE = (*TRAINING_FIELDS, "min_latent_tokens")
-"""Ends of the names of fields in which a tokenizer may differ from the one it starts from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +127,7 @@ def build_task(
     manual_seed(config.seed, "init")
     tokenizer = ImageTokenizer(config.model)
     if fresh and config.start_from is not None:
-        _start_from(tokenizer, config.start_from, FREE if config.decoder_only else (*FREE, "temperature"))
+        _start_from(tokenizer, config.start_from, FREE_FIELDS if config.decoder_only else (*FREE_FIELDS, "temperature"))
         say(f"{config.start_from}: starts from its weights")
     elif fresh:
         for sentence in tokenizer.load_backbones():
