@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ def bench_tokenizer(arguments: argparse.Namespace, device: torch.device) -> Iter
     timings = time_in_turns(calls, device, rounds=arguments.rounds)
     yield _row(arguments.job, arguments.preset, arguments.batch, timings[0], arguments.batch * flops, how)
     if arguments.baseline:
-        note = f"ours takes {timings[0].seconds / timings[1].seconds:.3f} of its time"
+        ratio = statistics.median(a / b for a, b in zip(timings[0].rounds, timings[1].rounds, strict=True))
+        note = f"ours takes {ratio:.3f} of its time"
         yield _row(arguments.job, "timm's ViT of equal shapes", arguments.batch, timings[1], None, how, note)
 
 
@@ -172,7 +174,7 @@ def _row(
 
 
 def _phase_row(phase: Phase, model: str, train: TrainConfig, device: torch.device) -> Row:
-    timing = Timing(seconds=phase.seconds, low=phase.seconds, high=phase.seconds, rounds=1, memory=phase.memory)
+    timing = Timing(seconds=phase.seconds, low=phase.seconds, high=phase.seconds, rounds=(), memory=phase.memory)
     low = compute_dtype(train.precision, device) == torch.bfloat16
     how = "bf16" if low else "float32", train.compile
     return _row("update", model, train.batch_size, timing, None, how, phase.name)

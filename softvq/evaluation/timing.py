@@ -27,8 +27,8 @@ class Timing:
     """Lower quartile."""
     high: float
     """Upper quartile."""
-    rounds: int
-    """Calls that count."""
+    rounds: tuple[float, ...]
+    """Of each call, in order."""
     memory: int
     """Most bytes of tensors at once on a GPU, those of the networks among them; 0 elsewhere."""
 
@@ -129,4 +129,4 @@ def _by_clock(calls: Sequence[Callable[[], object]], rounds: int) -> list[list[f
 
 def _timing(seconds: list[float], memory: int) -> Timing:
     low, _, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
-    return Timing(seconds=statistics.median(seconds), low=low, high=high, rounds=len(seconds), memory=memory)
+    return Timing(seconds=statistics.median(seconds), low=low, high=high, rounds=tuple(seconds), memory=memory)
