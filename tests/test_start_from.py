@@ -56,6 +56,22 @@ def on_photographs(tmp_path: Path, **changes: Any) -> TokenizerRunConfig:
     return changed(config, data__path=path, data__num_workers=0, start_from=str(tmp_path / "start"), **changes)
 
 
+@pytest.mark.parametrize("decoder_only", [False, True])
+def test_a_head_may_be_added_and_paints_nothing_at_first(decoder_only: bool, tmp_path: Path) -> None:
+    saved = save(tmp_path)
+    config = changed(
+        family.recipe(family.SOFT), start_from=str(tmp_path), decoder_only=decoder_only, model__head_channels=4
+    )
+    made = build_task(config, CPU).tokenizer.eval()
+    images = family.pictures(config, 0).images
+    with torch.no_grad():
+        assert torch.equal(made.decode(made.encode(images)), saved.decode(saved.encode(images)))
+    made.save_pretrained(tmp_path / "with")
+    for other in (8, None):
+        with pytest.raises(InputError, match="head_channels was 4"):
+            build_task(changed(config, start_from=str(tmp_path / "with"), model__head_channels=other), CPU)
+
+
 @pytest.mark.parametrize("name", sorted(family.QUANTIZERS))
 @pytest.mark.parametrize("decoder_only", [False, True])
 def test_every_weight_and_statistic_is_that_of_the_saved_tokenizer(

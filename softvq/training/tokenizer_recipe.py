@@ -11,6 +11,7 @@ from softvq.config import flat, merged, to_dict
 from softvq.data.folder import DataConfig
 from softvq.errors import InputError
 from softvq.losses.perceptual import load_perceptual
+from softvq.losses.semantic import SemanticDistance
 from softvq.randomness import manual_seed
 from softvq.tokenizers.alignment import AlignmentConfig, check_alignment
 from softvq.tokenizers.autoencoder import ImageTokenizer
@@ -142,6 +143,7 @@ def build_task(
         seed=config.seed,
         corruption=config.corruption,
         perceptual=load_perceptual(loss.perceptual_weights) if loss.perceptual_weight > 0 else None,
+        semantic=_named("loss.semantic", SemanticDistance, loss.semantic, dtype=dtype),
         teacher=_named("loss.alignment", _teacher, loss.alignment, config.model, device),
         adversary=_named("loss.adversarial", Adversary, loss.adversarial, image_size=size, dtype=dtype),
     )
@@ -178,6 +180,10 @@ def _start_from(tokenizer: ImageTokenizer, name: str, free: tuple[str, ...]) -> 
     changed = [
         f"{field} was {old.get(field)!r}, is {new.get(field)!r}" for field in changed if not field.endswith(free)
     ]
+    own, added = tokenizer.state_dict(), {}
+    if source.config.head_channels is None:  # a new head adds nothing to the picture before it is trained
+        changed = [sentence for sentence in changed if not sentence.startswith("head_channels")]
+        added = {key: value for key, value in own.items() if key.startswith("decoder.head.")}
     if changed:
         raise InputError(f"start_from is {name!r}, a tokenizer of another architecture ({'; '.join(changed[:3])})")
-    copy_named(tokenizer.state_dict(), source.state_dict(), "tokenizer")
+    copy_named(own, {**added, **source.state_dict()}, "tokenizer")

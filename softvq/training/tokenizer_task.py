@@ -15,6 +15,7 @@ from softvq.data.folder import Batch
 from softvq.errors import InputError
 from softvq.losses.adversarial import adaptive_weight
 from softvq.losses.augment import crop, view
+from softvq.losses.semantic import SemanticConfig, SemanticDistance
 from softvq.randomness import fold_in, keys_of, seed_of
 from softvq.ranks import mean_over_ranks
 from softvq.tokenizers.alignment import (
@@ -72,6 +73,8 @@ class LossConfig:
     the toss of a coin. Averages tell nothing of what is finer than them."""
     perceptual_weights: str | None = None
     """File with the weights of the perceptual distance; null takes those that are installed."""
+    semantic: SemanticConfig | None = None
+    """A frozen vision network whose features reconstructions should keep; null for none."""
     adversarial: AdversarialConfig | None = None
     """A discriminator that reconstructions have to deceive; null for none."""
     alignment: AlignmentConfig | None = None
@@ -94,6 +97,8 @@ class LossConfig:
             raise InputError(f"perceptual_size is {self.perceptual_size}, expected at least 18, or null")
         if self.perceptual_size is None and self.perceptual_view != "whole":
             raise InputError(f"perceptual_view is {self.perceptual_view!r}, which needs perceptual_size, its side")
+        if self.semantic is not None and self.perceptual_weight == 0:
+            raise InputError("semantic is part of the perceptual distance, but perceptual_weight is 0")
         if not 1e-3 <= self.anneal_from <= 1e3:
             raise InputError(f"anneal_from is {self.anneal_from}, expected 0.001 to 1000")
         if self.features is not None and self.alignment is None:
@@ -133,6 +138,7 @@ class TokenizerTask(Task):
         seed: Of everything the training draws.
         corruption: What is hidden from the tokenizer.
         perceptual: Gives one distance per pair of images; may be left out if its weight is 0.
+        semantic: Gives another; may be left out if there is none.
         teacher: Of the alignment; may be left out if there is none.
         adversary: The discriminator; may be left out if there is none.
     """
@@ -145,15 +151,17 @@ class TokenizerTask(Task):
         seed: int = 0,
         corruption: CorruptionConfig | None = None,
         perceptual: nn.Module | None = None,
+        semantic: SemanticDistance | None = None,
         teacher: FrozenBackbone | None = None,
         adversary: Adversary | None = None,
     ) -> None:
         super().__init__()
         assert perceptual is not None or config.perceptual_weight == 0
+        assert (semantic is None) == (config.semantic is None)
         assert (teacher is None) == (config.alignment is None)
         assert (adversary is None) == (config.adversarial is None)
         self.config, self.seed, self.corruption = config, seed, corruption or CorruptionConfig()
-        self.tokenizer, self.perceptual, self.teacher = tokenizer, perceptual, teacher
+        self.tokenizer, self.perceptual, self.semantic, self.teacher = tokenizer, perceptual, semantic, teacher
         self.heads = _heads(tokenizer, config, teacher)
         self.model = nn.ModuleDict({"tokenizer": tokenizer, **self.heads})
         self._critic = (adversary,)  # a tuple, lest it count as a part of what the task trains
@@ -235,7 +243,7 @@ class TokenizerTask(Task):
     def compile(self, **options: Any) -> None:
         """Compile the networks in place, region by region; the step, a Python number, stays outside."""
         parts: list[nn.Module | None] = [self.tokenizer.encoder, self.tokenizer.quantizer, self.tokenizer.decoder]
-        parts += [self.perceptual, self.teacher, *self.heads.values(), self.critic]
+        parts += [self.perceptual, self.semantic, self.teacher, *self.heads.values(), self.critic]
         for part in parts:
             if part is not None:
                 compile_regions(part, **options)
@@ -260,6 +268,10 @@ class TokenizerTask(Task):
             report["perceptual"], slope = _differentiated(apart, pixels)
             weight = scheduled["perceptual"]
             loss, gradient = loss + weight * report["perceptual"], gradient + weight * slope
+            if self.semantic is not None and self.config.semantic is not None:
+                report["semantic"], slope = _differentiated(self.semantic(pixels, targets).mean(), pixels)
+                weight = weight * self.config.semantic.weight
+                loss, gradient = loss + weight * report["semantic"], gradient + weight * slope
         if adversarial_counts and self.critic is not None:
             weight = scheduled["adversarial"]
             report["adversarial"], slope = _differentiated(self.critic.fool(pixels, keys), pixels)
