@@ -9,7 +9,7 @@ stamp   := .venv/.installed
 .PHONY: help install test lint demo bench clean
 
 help:
-	@echo "make demo      install, train a tiny tokenizer on bundled photographs, write a page of reconstructions"
+	@echo "make demo      install, show what the bundled models do on a page that opens offline"
 	@echo "make test      install, lint, run the tests (JOBS=0 in one process instead of two)"
 	@echo "make lint      ruff, pyrefly, pydoclint, import-linter, codespell, deptry"
 	@echo "make bench     run the benchmarks that need no photographs of yours"

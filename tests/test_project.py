@@ -191,7 +191,8 @@ def test_nothing_is_left_lying_about() -> None:
 def test_pickles_and_large_files_are_not_kept() -> None:
     for path in tracked_files():
         assert path.suffix not in {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
-        assert path.stat().st_size < 1 << 20
+        is_bundled = path.match("softvq/pretrained/*/model.safetensors")
+        assert path.stat().st_size < (30e6 if is_bundled else 1 << 20)
 
 
 def test_versions_agree() -> None:

@@ -36,6 +36,7 @@ def _add_reconstruction(kinds: Commands) -> None:
     command.add_argument("data", metavar="DATA", help="photographs: a folder, or an .npz file of images")
     command.add_argument("--size", type=positive, metavar="N", help="centre-crop to N x N (default: the model's)")
     command.add_argument("--images", type=positive, metavar="N", help="at most so many, spread evenly (default: all)")
+    command.add_argument("--tokens", type=positive, metavar="N", help="decode the first N alone (default: all)")
     command.add_argument(
         "--reconstructions", metavar="SET", help="judge these, a folder or .npz file made of DATA, instead of a model's"
     )

@@ -84,18 +84,25 @@ def _evaluate(arguments: argparse.Namespace, device: torch.device, out: Path) ->
             raise InputError(f"{pairs.source}: holds the photographs themselves in another order; give reconstructions")
         images = report.image_row(meter.names, meter.table)
         images["warnings"] += remarks
-        latents = [] if tokenizer is None else [report.latent_row(tokenizer, data.size, meter.averages)]
-        _write(arguments, out, given, meter, [images, *latents, *sets])
+        kept = arguments.tokens
+        latents = [] if tokenizer is None else [report.latent_row(tokenizer, data.size, meter.averages, kept)]
+        rows = [images, *latents, *sets]
+        for row in rows:
+            row["settings"] = {} if kept is None else {"tokens": kept}
+        _write(arguments, out, given, meter, rows)
 
 
 def _opened(arguments: argparse.Namespace, device: torch.device) -> tuple[ImageTokenizer | None, Reconstructions]:
     """Open photographs, and a model or what one made of them."""
     finished = arguments.reconstructions
+    if finished is not None and arguments.tokens is not None:
+        raise InputError("--tokens is what a MODEL decodes; leave it out with --reconstructions")
     if (finished is None) == (arguments.model == NO_MODEL):
         raise InputError("give either a MODEL, or - in its place and --reconstructions SET, not both")
     tokenizer = made = None
     if finished is None:
         tokenizer = load_tokenizer(arguments.model, device)
+        _check_tokens(arguments.tokens, tokenizer)
         size = choose_size(None if arguments.size is None else str(arguments.size), tokenizer)
         assert size is not None  # it is no `native`
         data = _images(arguments.data, size[0])
@@ -110,13 +117,23 @@ def _opened(arguments: argparse.Namespace, device: torch.device) -> tuple[ImageT
     pairs = Reconstructions(
         data=data,
         made=made,
-        rebuild=None if tokenizer is None else functools.partial(rebuilt, tokenizer, precision=arguments.precision),
+        rebuild=None
+        if tokenizer is None
+        else functools.partial(rebuilt, tokenizer, precision=arguments.precision, num_tokens=arguments.tokens),
         source=arguments.model if finished is None else finished,
         device=device,
         batch_size=arguments.batch_size,
         workers=arguments.workers,
     )
     return tokenizer, pairs
+
+
+def _check_tokens(kept: int | None, tokenizer: ImageTokenizer) -> None:
+    most = tokenizer.config.num_latent_tokens
+    least = tokenizer.config.min_latent_tokens or most
+    if kept is not None and not least <= kept <= most:
+        takes = f"{least} to {most}" if least < most else f"{most}, and no fewer"
+        raise InputError(f"--tokens is {kept}, but the model decodes {takes}")
 
 
 def _images(source: str, size: int | None, crop: bool = True) -> ImageSet:

@@ -38,7 +38,11 @@ class Rebuilt(NamedTuple):
 
 @torch.no_grad()
 def rebuilt(
-    tokenizer: ImageTokenizer, pixels: UInt8[Tensor, "batch 3 height width"], *, precision: str = "float32"
+    tokenizer: ImageTokenizer,
+    pixels: UInt8[Tensor, "batch 3 height width"],
+    *,
+    precision: str = "float32",
+    num_tokens: int | None = None,
 ) -> Rebuilt:
     """Encode and decode photographs, and round what comes back to 8 bits.
 
@@ -46,6 +50,7 @@ def rebuilt(
         tokenizer: In evaluation mode.
         pixels: RGB, of a size the patch divides; on any device.
         precision: `float32`, or `bf16` for autocast.
+        num_tokens: Decode the first so many alone; all by default.
 
     Returns:
         The reconstructions, and what the codebook had to do with them.
@@ -58,7 +63,7 @@ def rebuilt(
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         seen = tokenizer.encode_pre(images)
         latents = (tokenizer.quantizer.encode(seen) - tokenizer.latent_mean) / tokenizer.latent_std
-        decoded = tokenizer.decode(latents, (images.shape[2], images.shape[3])).float()
+        decoded = tokenizer.decode(latents[:, :num_tokens], (images.shape[2], images.shape[3])).float()
         averages = tokenizer.quantizer.averages(seen) if has_codewords(tokenizer) else {}
     if not bool(decoded.isfinite().all()):
         raise RunError("the model paints values that are not finite; try --precision float32, or another model")

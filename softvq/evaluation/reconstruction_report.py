@@ -99,19 +99,22 @@ def image_row(names: Sequence[str], table: Float[Tensor, "image figure"]) -> dic
     return {**row, "intervals_95": intervals, "warnings": warnings}
 
 
-def latent_row(tokenizer: ImageTokenizer, size: tuple[int, int], averages: dict[str, Tensor]) -> dict[str, Any]:
+def latent_row(
+    tokenizer: ImageTokenizer, size: tuple[int, int], averages: dict[str, Tensor], num_tokens: int | None = None
+) -> dict[str, Any]:
     """Return what latents cost, and how a codebook is used, as a row of a result.
 
     Args:
         tokenizer: Whose latents they are.
         size: Height and width of the images in pixels.
         averages: Of `posterior_averages` over all images, in the order of the codebooks; nothing without a codebook.
+        num_tokens: How many are kept of an image; all by default. How a codebook is used is told of all of them.
 
     Returns:
         Like `image_row`, without intervals.
     """
     config = tokenizer.config
-    tokens, dim = config.num_latent_tokens, config.latent_dim
+    tokens, dim = num_tokens or config.num_latent_tokens, config.latent_dim
     figures: dict[str, float] = {
         "bits_per_pixel": bits_per_pixel(*size, tokens, float(dim * LATENT_BITS)),
         "compression_ratio": compression_ratio(*size, tokens, dim),
