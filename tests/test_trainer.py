@@ -214,7 +214,7 @@ def test_weights_stay_good_even_if_nobody_looks_for_many_steps(tmp_path: Path) -
 
 def test_nothing_is_saved_after_an_update_that_was_not_finite(tmp_path: Path) -> None:
     ours = trainer(tmp_path)
-    ours.step, ours._failed_at = 5, torch.tensor(3)
+    ours.step, ours.guard._failed = 5, torch.tensor(3)
     with pytest.raises(RunError, match="step 4: the loss or its gradient is not finite"):
         ours.save()
     assert not (tmp_path / "checkpoints").exists()
@@ -285,7 +285,9 @@ def test_out_of_memory_is_one_sentence(tmp_path: Path) -> None:
     def exhaust(step: int, loss: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(RunError, match=r"step 1: out of memory; raise train.accumulate"):
+    with pytest.raises(
+        RunError, match=r"step 1: out of memory in the forward pass of the model; raise train.accumulate"
+    ):
         trainer(tmp_path, Regression(before=exhaust)).fit(points)
 
 

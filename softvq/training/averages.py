@@ -144,11 +144,15 @@ class Ema:
         self.averages = {name: p.detach().float().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move the average towards the weights, after `step` finished updates."""
-        if self.averages:
-            weight = 1 - self.decay_at(step)
-            torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), weight)
+    def update(self, step: int, skip: Tensor | None = None) -> None:
+        """Move the average towards the weights, after `step` finished updates; see `Averages.update`."""
+        averages, weights, share = [*self.averages.values()], [*self.parameters.values()], 1 - self.decay_at(step)
+        if not averages:
+            return
+        if skip is None:
+            torch._foreach_lerp_(averages, weights, share)
+        else:
+            torch._foreach_lerp_(averages, weights, [(1 - skip) * share] * len(averages))
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -190,10 +194,10 @@ class Averages:
         self.others = {f"ema_{float(other)}": Ema(module, other) for other in more_decays}
         self.others |= {f"power_{length}": average for length, average in self.power.items()}
 
-    def update(self, step: int) -> None:
-        """Move all averages towards the weights, after `step` finished updates."""
+    def update(self, step: int, skip: Tensor | None = None) -> None:
+        """Move all averages towards the weights, after `step` finished updates; not where `skip`, a scalar, is 1."""
         for average in (self.main, *self.others.values()):
-            average.update(step)
+            average.update(step, skip)
 
     def named(self, name: str | None = None) -> Ema:
         """Return an average by its name, for example `power_0.1`; None is the main one.

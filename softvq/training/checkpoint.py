@@ -24,7 +24,7 @@ from softvq.config import read_json
 from softvq.errors import InputError, RunError
 from softvq.files import fsync_folder, read_tensors, sha256, write_json, write_tensors
 
-__all__ = ["Checkpoint", "latest", "load", "prune", "recover", "save", "verify"]
+__all__ = ["Checkpoint", "discard_after", "latest", "load", "prune", "recover", "save", "verify"]
 
 FORMAT = 1
 STATE_FILES = ("state.safetensors", "state.json")
@@ -43,7 +43,9 @@ class Checkpoint:
     """Finished updates."""
 
 
-def save(run: Path, step: int, tensors: Mapping[str, Tensor], info: Mapping[str, Any], keep: int) -> Checkpoint:
+def save(
+    run: Path, step: int, tensors: Mapping[str, Tensor], info: Mapping[str, Any], keep: int, every: int = 1
+) -> Checkpoint:
     """Write a checkpoint and prune old ones.
 
     Args:
@@ -52,6 +54,7 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], info: Mapping[str,
         tensors: Everything the run is made of, on any device.
         info: What else to remember, as JSON takes it.
         keep: Checkpoints to keep, at least 1.
+        every: See `prune`.
 
     Returns:
         The new checkpoint.
@@ -76,7 +79,7 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], info: Mapping[str,
             f"{folder}: the checkpoint cannot be written ({reason}); the ones before it are intact"
         ) from error
     with contextlib.suppress(OSError):  # what cannot be deleted now is deleted after the next save
-        prune(run, keep)
+        prune(run, keep, every)
     return Checkpoint(folder=folder, step=step)
 
 
@@ -109,12 +112,20 @@ def verify(folder: Path) -> str | None:
     return None
 
 
-def latest(run: Path) -> Checkpoint | None:
-    """Return the newest checkpoint that verifies, or nothing; it changes nothing and may run during a save."""
+def latest(run: Path, every: int = 1) -> Checkpoint | None:
+    """Return the newest checkpoint that verifies, or nothing; it changes nothing and may run during a save.
+
+    Args:
+        run: Folder of the run.
+        every: Look only at steps that this divides.
+
+    Returns:
+        The checkpoint.
+    """
     while True:
         folders = _folders(run)
         for step, folder in folders:
-            if verify(folder) is None:
+            if step % every == 0 and verify(folder) is None:
                 return Checkpoint(folder=folder, step=step)
         if _folders(run) == folders:  # otherwise some were pruned while being read
             return None
@@ -167,17 +178,36 @@ def load(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, read_json(checkpoint.folder / "state.json")
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints that verify; each first loses its name, then its files."""
+def prune(run: Path, keep: int, every: int = 1) -> None:
+    """Delete all but the newest checkpoints that verify; each first loses its name, then its files.
+
+    Args:
+        run: Folder of the run, whose lock the caller holds.
+        keep: How many are kept, at least 1.
+        every: The newest of those whose step this divides is kept, too.
+    """
     assert keep >= 1
-    kept = 0
-    for _, folder in _folders(run):
-        if kept < keep:
-            kept += verify(folder) is None
-            continue
-        victim = folder.with_name(f"{folder.name}.tmp-pruned-{os.getpid()}")
-        os.rename(folder, victim)
-        shutil.rmtree(victim)
+    kept = regular = 0
+    for step, folder in _folders(run):
+        if kept < keep or (not regular and step % every == 0):
+            intact = verify(folder) is None
+            kept += intact
+            regular += intact and step % every == 0
+        else:
+            _delete(folder)
+
+
+def discard_after(run: Path, step: int) -> None:
+    """Delete the checkpoints of later steps, from which a run that went back to this one took another way."""
+    for later, folder in _folders(run):
+        if later > step:
+            _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    victim = folder.with_name(f"{folder.name}.tmp-pruned-{os.getpid()}")
+    os.rename(folder, victim)
+    shutil.rmtree(victim)
 
 
 def _folders(run: Path) -> list[tuple[int, Path]]:

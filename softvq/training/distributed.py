@@ -16,7 +16,25 @@ from torch import Tensor
 from softvq.errors import InputError
 from softvq.ranks import mean_over_ranks, world_size
 
-__all__ = ["StopSignals", "any_rank", "choose_device", "join", "leave", "max_over_ranks", "reduce_mean", "wait_for_all"]
+__all__ = [
+    "GO_ON",
+    "SAVE",
+    "STOP",
+    "StopSignals",
+    "any_rank",
+    "choose_device",
+    "join",
+    "largest",
+    "leave",
+    "lost_another",
+    "max_over_ranks",
+    "may_restart",
+    "reduce_mean",
+    "wait_for_all",
+]
+
+GO_ON, SAVE, STOP = range(3)
+"""What a signal may wish of a run; the largest wish of any rank counts."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -54,6 +72,16 @@ def join(device: torch.device) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
+def may_restart() -> bool:
+    """Return whether `torchrun --max-restarts` starts this process again if it ends badly."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
+def lost_another(error: RuntimeError) -> bool:
+    """Return whether an error says that another rank is no more; gloo has no class of its own for it."""
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error).lower())
+
+
 def leave() -> None:
     """Part from the other ranks, if there are any."""
     if dist.is_initialized():
@@ -67,11 +95,16 @@ def wait_for_all() -> None:
 
 def any_rank(flag: bool) -> bool:
     """Return whether `flag` is true on any rank."""
+    return bool(largest(int(flag)))
+
+
+def largest(number: int) -> int:
+    """Return the largest small number of any rank, on the host."""
     if world_size() == 1:
-        return flag
-    number = torch.tensor(float(flag))
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    return bool(number)
+        return number
+    shared = torch.tensor(float(number))
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
 
 
 def max_over_ranks(value: Float[Tensor, ""]) -> Float[Tensor, ""]:
@@ -98,16 +131,31 @@ def reduce_mean(report: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 class StopSignals:
-    """Within it, the first SIGINT or SIGTERM only sets `name`; the second ends the process at once."""
+    """Within it, SIGINT, SIGTERM and SIGHUP only set `name`, and SIGUSR1 only asks for a checkpoint.
+
+    The second signal to stop ends the process at once. A signal that is ignored, as under `nohup`, stays ignored.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.checkpoint = False  # apart from the name, so that forgetting the one never forgets the other
         self._before: dict[int, Any] = {}
+
+    @property
+    def wish(self) -> int:
+        """What is wished: `GO_ON`, `SAVE` or `STOP`."""
+        return STOP if self.name else SAVE if self.checkpoint else GO_ON
+
+    @property
+    def by(self) -> str:
+        """What to call the signal in a sentence."""
+        return self.name or "a signal to another process"
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -118,6 +166,9 @@ class StopSignals:
         self._before.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            self.checkpoint = True
+            return
         if self.name is not None:
             os._exit(128 + number)
         self.name = signal.Signals(number).name

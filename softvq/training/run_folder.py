@@ -19,7 +19,7 @@ from rich.console import Console
 
 import softvq
 from softvq.config import flat, from_dict, read_json, read_yaml, to_dict, to_yaml
-from softvq.errors import InputError
+from softvq.errors import InputError, RunError
 from softvq.files import write_json, write_text
 from softvq.locks import folder_lock
 from softvq.ranks import is_main
@@ -30,9 +30,13 @@ from softvq.training.trainer import Trainer
 __all__ = ["FREE_FIELDS", "carry_out", "claim", "info", "register", "restore", "say"]
 
 FREE_FIELDS = frozenset(
-    f"train.{name}" for name in ("device", "log_every", "save_every", "sample_every", "keep", "tensorboard")
+    f"train.{name}"
+    for name in (
+        *("device", "log_every", "save_every", "sample_every", "keep", "tensorboard"),
+        *("guard.action", "guard.max_bad_updates", "guard.max_rollbacks"),
+    )
 )
-"""What a resumed run may change, because it alters nothing that is computed."""
+"""What a resumed run may change, because it alters nothing that was computed."""
 
 
 def carry_out(
@@ -52,8 +56,9 @@ def carry_out(
 
     Raises:
         InputError: If there is nothing to resume, or another process trains in the folder.
+        RunError: If another rank ended.
     """
-    if resume and not run.is_dir():
+    if resume and not run.is_dir() and not distributed.may_restart():  # what restarts by itself says --resume each time
         raise InputError(f"{run}: no such run to resume; leave --resume out to start it")
     distributed.join(distributed.choose_device(device))
     try:
@@ -61,6 +66,10 @@ def carry_out(
             return train(Console(quiet=True))
         with folder_lock(run, "trained"):
             return train(console or Console(quiet=True))
+    except RuntimeError as error:
+        if not distributed.lost_another(error):
+            raise
+        raise RunError(f"{run}: another process of this training ended; see what it said, and resume") from error
     finally:
         distributed.leave()
 

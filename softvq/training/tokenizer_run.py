@@ -53,7 +53,7 @@ def train_tokenizer(
     Raises:
         InputError: If the data set cannot be used, the folder is another run's, or the config or the data changed.
         RunError: If training fails midway.
-        Interrupted: On SIGINT or SIGTERM, after a checkpoint was written.
+        Interrupted: On SIGINT, SIGTERM or SIGHUP, after a checkpoint was written.
     """
     run = Path(run)
     if config.data.path is None:

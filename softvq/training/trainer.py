@@ -7,13 +7,11 @@ killed and resumed equals one that never stopped.
 import collections
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,14 +24,17 @@ from softvq.training import checkpoint as checkpoints
 from softvq.training import distributed
 from softvq.training.averages import Averages, check_averages
 from softvq.training.checkpoint import Checkpoint
+from softvq.training.guard import Guard, GuardConfig
+from softvq.training.memory import enough_memory
 from softvq.training.optim import OptimConfig, Optimizer, copy_named, learning_rate
 from softvq.training.recording import Recorder
+from softvq.training.reports import Reports
 from softvq.training.task import Task, split
-from softvq.training.tracking import Display, Pace, RunLog, TensorBoard
 
 __all__ = ["TrainConfig", "Trainer"]
 
 MAX_BATCH_SIZE = 1 << 20
+BETWEEN = "the optimizer or the transfer of a batch"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +72,8 @@ class TrainConfig:
     """Newest checkpoints that are kept."""
     tensorboard: bool = False
     """Write the log for TensorBoard as well."""
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+    """What is done about updates that are not finite, or far too large."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -133,8 +136,8 @@ class Trainer:
         if task.critic is not None:
             task.critic.to(self.device)
             self.critic_optimizer = Optimizer(task.critic, critic_optim or optim, config.steps)
-        self._failed_at = torch.full((), -1, device=self.device)  # the first update that was not finite
-        self._warned: set[str] = set()
+        self.guard = Guard(config.guard, self.device, ("grad_norm", "critic_grad_norm"))
+        self._phase = BETWEEN
         if config.compile:
             task.compile()
         if config.cuda_graph and world_size() > 1:
@@ -153,38 +156,38 @@ class Trainer:
             batches: Called with the first step and the number of steps, yields this rank's part of each.
 
         Raises:
-            Interrupted: On SIGINT or SIGTERM, after a checkpoint was written.
+            Interrupted: On SIGINT, SIGTERM or SIGHUP, after a checkpoint was written.
             RunError: If the loss or a gradient is not finite, memory runs out, or the last checkpoint is not written.
         """
         self.task.train()
-        log = RunLog(self.run / "log.jsonl", self.step, self.warn) if is_main() else None
-        board = TensorBoard(self.run, self.step, self.warn) if log and self.config.tensorboard else None
-        display = Display(self.console, self.step, self.config.steps)
-        pace = Pace(self.step)
-        with distributed.StopSignals() as stop, display.live():
+        config, main, board = self.config, is_main(), is_main() and self.config.tensorboard
+        reports = Reports(self.run, self.step, config.steps, config.batch_size, self.console, main, board, self.warn)
+        with distributed.StopSignals() as stop, reports.live():
             # begun here, so that data workers inherit the handlers and do not die of a signal to the whole group
-            stream = batches(self.step, self.config.steps - self.step)
-            while self.step < self.config.steps and not distributed.any_rank(stop.name is not None):
+            stream = self._stream(batches)
+            while self.step < config.steps and (wish := distributed.largest(stop.wish)) < distributed.STOP:
+                if wish == distributed.SAVE:
+                    stop.checkpoint = False
+                    self.save(reports)
                 batch = next(stream)
                 report = self.update(batch)
                 self.step += 1
-                self._check_now_and_then()
-                display.advance(self.step)
-                self._note_skipped(batch, log)
-                if self._due(self.config.log_every):
-                    self._log({**report, **self._health(batch)}, pace, log, board, display)
-                if self.sample and log and self._due(self.config.sample_every):
-                    self._sample(log)
-                if self._due(self.config.save_every):
-                    self.save(log)
-            interrupted = self.step < self.config.steps
-            if interrupted:
-                self.save(log)
-        if board:
-            board.close()
-        if interrupted:
-            where = f"saved at step {self.saved.step}" if self.saved else "nothing was saved yet"
-            raise Interrupted(f"{self.run}: stopped by {stop.name} at step {self.step}, {where}; resume to go on")
+                if self._must_go_back():
+                    self._go_back(reports)
+                    stream = self._stream(batches)
+                    continue
+                reports.display.advance(self.step)
+                reports.skipped(self.step, getattr(batch, "skipped", ()))
+                if self._due(config.log_every):
+                    self._log({**report, **self._health(batch)}, reports)
+                if self.sample and main and self._due(config.sample_every):
+                    self._sample(self.sample, reports)
+                if self._due(config.save_every):
+                    self.save(reports)
+            if self.step < config.steps:
+                self.save(reports)
+                where = f"saved at step {self.saved.step}" if self.saved else "nothing was saved yet"
+                raise Interrupted(f"{self.run}: stopped by {stop.by} at step {self.step}, {where}; resume to go on")
 
     def update(self, batch: Any) -> dict[str, Tensor]:
         """Make one update, leaving `step` as it is.
@@ -200,11 +203,11 @@ class Trainer:
         """
         manual_seed(self.seed, "model", self.step)
         report: dict[str, Tensor] = {}
-        parts = split(batch, self.config.accumulate, self.device)
         optimizers, scheduled = {"grad_norm": self.optimizer}, self.task.scheduled(self.step)
         if self.critic_optimizer is not None and self.task.critic_counts(self.step):
             optimizers["critic_grad_norm"] = self.critic_optimizer
-        with self._enough_memory():
+        with enough_memory(self.step, lambda: self._phase):
+            parts = split(batch, self.config.accumulate, self.device)
             for number, part in enumerate(parts, 1):
                 if self._recorder is not None:
                     losses, terms = self._recorder(self.task.phase(self.step), part, scheduled)
@@ -212,106 +215,108 @@ class Trainer:
                     losses, terms = self._differentiate(part, scheduled, last=number == len(parts))
                 for name, value in {**losses, **terms}.items():
                     report[name] = report.get(name, 0) + value.detach() / len(parts)
-            report |= {name: optimizer.clip_gradients() for name, optimizer in optimizers.items()}
-            skip = self._guard([report[name] for name in ("loss", "critic_loss", *optimizers) if name in report])
+            self._phase = BETWEEN
+            norms = {name: optimizer.clip_gradients() for name, optimizer in optimizers.items()}
+            losses = [report[name] for name in ("loss", "critic_loss") if name in report]
+            skip = self.guard.judge(self.step, losses, norms)
             for optimizer in optimizers.values():
                 optimizer.update(self.step, skip)
-        self.averages.update(self.step + 1)
-        return report
+            self.averages.update(self.step + 1, skip if self.guard.skips else None)
+        return {**report, **norms, **self.guard.report()}
 
     def _differentiate(
         self, part: Any, scheduled: Mapping[str, Tensor | float], *, last: bool = True
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Add a micro-batch's gradients, the critic's after the model's, whose activations are free by then."""
-        share = self.config.accumulate
+        share, self._phase = self.config.accumulate, "the forward pass of the model"
         with self._gradients_stay_here(self._parallel, not last):
             with self.autocast():
                 loss, terms, made = self._parallel(part, self.step, scheduled)
+            self._phase = "the backward pass of the model"
             (loss / share).backward()
         losses = {"loss": loss.detach()}
         if self._parallel_critic is not None and self.task.critic_counts(self.step):
+            self._phase = "the forward pass of the critic"
             with self._gradients_stay_here(self._parallel_critic, not last):
                 with self.autocast():
                     loss, more = self._parallel_critic(*made)
+                self._phase = "the backward pass of the critic"
                 (loss / share).backward()
             losses["critic_loss"], terms = loss.detach(), {**terms, **more}
         return losses, terms
 
-    def _guard(self, values: list[Tensor]) -> Float[Tensor, ""]:
-        """Return 1 from the first update on that is not finite, so that it and those after it change nothing."""
-        bad = distributed.max_over_ranks((~torch.stack(values).isfinite().all()).float())
-        first = (self._failed_at < 0) & (bad > 0)
-        self._failed_at = torch.where(first, self.step, self._failed_at)
-        return (self._failed_at >= 0).float()
+    def _stream(self, batches: Callable[[int, int], Iterator[Any]]) -> Iterator[Any]:
+        return batches(self.guard.shift + self.step, self.config.steps - self.step)
 
-    def _check_now_and_then(self) -> None:
-        """Stop if an update was not finite; on a GPU, where looking means waiting, only before something is kept."""
+    def _must_go_back(self) -> bool:
+        """Look for bad updates; on a GPU, where looking means waiting, only before something is kept."""
         keeping = (self.config.log_every, self.config.save_every, self.config.sample_every)
-        if self.device.type == "cpu" or any(self._due(every) for every in keeping):
+        if self.device.type != "cpu" and not any(self._due(every) for every in keeping):
+            return False
+        failed = self.guard.look(lambda text: self.warn(f"step {self.step}: {text}"))
+        if failed and not self.guard.may_go_back:
             self.check_finite()
+        return failed
 
     def check_finite(self) -> None:
-        """Raise a RunError if an update was not finite; this waits for the device."""
-        failed = int(self._failed_at)
-        if failed >= 0:
-            first = failed * self.config.batch_size
-            last = f"the last good checkpoint is {self.saved.folder}" if self.saved else "there is no checkpoint yet"
-            raise RunError(
-                f"step {failed + 1}: the loss or its gradient is not finite, on samples {first} to "
-                f"{first + self.config.batch_size - 1}; no weight was changed by it and {last}; lower optim.lr"
-            )
+        """Raise a RunError if there were more bad updates than may be; this waits for the device."""
+        self.guard.check(self.config.batch_size, self.saved.folder if self.saved else None)
 
-    def _log(
-        self, report: dict[str, Tensor], pace: Pace, log: RunLog | None, board: TensorBoard | None, display: Display
-    ) -> None:
+    def _go_back(self, reports: Reports) -> None:
+        """Go on from the newest checkpoint, with other samples; all ranks come here at the same step."""
+        failed, times = self.step, self.guard.rollbacks + 1
+        distributed.wait_for_all()
+        # not one that a signal left: without that signal the run would go another way
+        if saved := checkpoints.latest(self.run, self.config.save_every):
+            self.restore(saved)
+        self.check_finite()
+        distributed.wait_for_all()
+        if is_main():
+            checkpoints.discard_after(self.run, self.step)
+        self.guard.rollbacks = times
+        self.warn(f"step {failed}: too many bad updates; goes on from step {self.step} with other samples")
+        reports.start_at(self.step)
+        # of the next step: a run that is killed before it saves goes back once more, and then says so once more
+        reports.note(self.step + 1, {"rollbacks": times, "from_step": failed})
+
+    def _log(self, report: dict[str, Tensor], reports: Reports) -> None:
         values = distributed.reduce_mean(report)
-        for kind, sentence in self.task.warnings(values).items():
-            if kind not in self._warned:
-                self.warn(f"step {self.step}: {sentence}")
-            self._warned.add(kind)
+        reports.warn_once(self.step, self.task.warnings(values))
         values["lr"] = learning_rate(self.optim, self.step - 1, self.config.steps)
-        seconds_per_step = pace.seconds_per_step(self.step)
-        images_per_sec = self.config.batch_size / seconds_per_step
-        display.report(self.step, values, images_per_sec, seconds_per_step * (self.config.steps - self.step))
-        if log:
-            log.write(self.step, values, clock={"time": time.time(), "images_per_sec": images_per_sec})
-        if board:
-            board.write(self.step, {**values, "images_per_sec": images_per_sec})
+        reports.line(self.step, values)
 
-    def _sample(self, log: RunLog) -> None:
-        assert self.sample is not None
+    def _sample(self, sample: Callable[[int], dict[str, float]], reports: Reports) -> None:
         try:
-            with self.averaged(), self.autocast():
-                log.write(self.step, {"samples": self.sample(self.step)})
+            with enough_memory(self.step, lambda: "the samples"), self.averaged(), self.autocast():
+                reports.note(self.step, {"samples": sample(self.step)})
         except (InputError, RunError) as error:
             self.warn(str(error))
 
-    def _note_skipped(self, batch: Any, log: RunLog | None) -> None:
-        skipped = getattr(batch, "skipped", None)
-        if skipped and log:
-            log.write(self.step, {"skipped": list(skipped)})
-            self.warn(f"step {self.step}: unreadable images were passed over: {', '.join(skipped)}")
-
-    def save(self, log: RunLog | None = None) -> None:
+    def save(self, reports: Reports | None = None) -> None:
         """Write a checkpoint of the present step, if there is none yet.
 
         On failure, a full disk for example, the ones before stay, a warning is given and the next save tries again.
 
         Args:
-            log: Made safe on disk before, so that it never lacks lines that the checkpoint relies on.
+            reports: Whose log is made safe on disk before, so that no lines are missing that the checkpoint relies on.
 
         Raises:
             RunError: If the checkpoint that fails is the last one of the run, or an update before was not finite.
         """
-        self.check_finite()
+        if not self.guard.skips:
+            self.check_finite()
+        elif self.step < self.config.steps and self.guard.saving_is_wrong:
+            return
         if not is_main() or (self.saved and self.saved.step == self.step):
             return
-        if log:
-            log.sync()
+        if reports:
+            reports.sync()
         try:
             if self._due(self.config.save_every):  # so that a run that was stopped keeps those of one that was not
                 self.averages.save_snapshot(self.run, self.step)
-            self.saved = checkpoints.save(self.run, self.step, self.state(), self.info, self.config.keep)
+            info = {**self.info, **self.guard.info}
+            every = self.config.save_every if self.guard.skips else 1
+            self.saved = checkpoints.save(self.run, self.step, self.state(), info, self.config.keep, every)
         except RunError as error:
             if self.step == self.config.steps:
                 raise
@@ -322,6 +327,7 @@ class Trainer:
         parts = {"model": self.task.model.state_dict(), "optimizer": self.optimizer.state(), **self.averages.state()}
         if self.task.critic is not None and self.critic_optimizer is not None:
             parts |= {"critic": self.task.critic.state_dict(), "critic_optimizer": self.critic_optimizer.state()}
+        parts["guard"] = self.guard.state()
         return {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
 
     def restore(self, saved: Checkpoint) -> dict[str, Any]:
@@ -347,6 +353,7 @@ class Trainer:
         copy_named(critic, parts["critic"], "critic")
         if self.critic_optimizer is not None and parts["critic_optimizer"]:  # without, it has not begun
             self.critic_optimizer.load_state(parts["critic_optimizer"])
+        self.guard.load_state(parts["guard"], info)
         self.step, self.saved = saved.step, saved
         return info
 
@@ -370,13 +377,6 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
-    @contextlib.contextmanager
-    def _enough_memory(self) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise RunError(f"step {self.step + 1}: out of memory; raise train.accumulate and resume") from error
-
     def _distributed(self, module: nn.Module) -> nn.Module:
         if world_size() == 1:
             return module
@@ -393,7 +393,7 @@ class Trainer:
         """Return the task's figures over the whole batch of all ranks."""
         averages: dict[str, Tensor] = {}
         for part in split(batch, self.config.accumulate, self.device):
-            with self._enough_memory(), self.autocast():
+            with enough_memory(self.step, lambda: "the health figures"), self.autocast():
                 found = self.task.health(part)
             for name, value in found.items():
                 averages[name] = averages.get(name, 0) + value / self.config.accumulate

@@ -1,0 +1,109 @@
+"""Everything a run says at a step: a line of the log, TensorBoard, the display, warnings."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from softvq.training.tracking import Display, Pace, RunLog, TensorBoard, Warn
+
+__all__ = ["Reports"]
+
+
+class Reports:
+    """Log, TensorBoard and display of a run as one.
+
+    Args:
+        run: Folder of the run.
+        step: Finished updates.
+        steps: Of the whole run.
+        batch_size: Images of one update.
+        console: For people.
+        main: Whether this rank is the one that writes files.
+        tensorboard: Whether this rank writes for TensorBoard as well.
+        warn: Takes a sentence.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        step: int,
+        steps: int,
+        batch_size: int,
+        console: Console,
+        main: bool,
+        tensorboard: bool,
+        warn: Warn,
+    ) -> None:
+        self.run, self.steps, self.batch_size, self.warn = run, steps, batch_size, warn
+        self.display = Display(console, step, steps)
+        self.log: RunLog | None = None
+        self._main, self._tensorboard = main, tensorboard
+        self._board: TensorBoard | None = None
+        self._warned: set[str] = set()
+        self.start_at(step)
+
+    def start_at(self, step: int) -> None:
+        """Go on after a step; what was written of later ones is cut off."""
+        self.close()
+        self.log = RunLog(self.run / "log.jsonl", step, self.warn) if self._main else None
+        self._board = TensorBoard(self.run, step, self.warn) if self._tensorboard else None
+        self._pace = Pace(step)
+
+    def close(self) -> None:
+        """Write out what is left."""
+        if self._board:
+            self._board.close()
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        """Show a bar where there can be one; close everything in the end."""
+        with self.display.live(), contextlib.ExitStack() as stack:
+            stack.callback(self.close)
+            yield
+
+    def line(self, step: int, values: Mapping[str, float]) -> None:
+        """Report the numbers of a log step.
+
+        Args:
+            step: Finished updates.
+            values: By name.
+        """
+        seconds_per_step = self._pace.seconds_per_step(step)
+        images_per_sec = self.batch_size / seconds_per_step
+        self.display.report(step, values, images_per_sec, seconds_per_step * (self.steps - step))
+        if self.log:
+            self.log.write(step, values, clock={"time": time.time(), "images_per_sec": images_per_sec})
+        if self._board:
+            self._board.write(step, {**values, "images_per_sec": images_per_sec})
+
+    def note(self, step: int, values: Mapping[str, Any]) -> None:
+        """Put something that is no number of a log step into the log."""
+        if self.log:
+            self.log.write(step, values)
+
+    def skipped(self, step: int, names: Sequence[str]) -> None:
+        """Name the images that could not be read, if there are any."""
+        if names and self.log:
+            self.log.write(step, {"skipped": list(names)})
+            self.warn(f"step {step}: unreadable images were passed over: {', '.join(names)}")
+
+    def warn_once(self, step: int, sentences: Mapping[str, str]) -> None:
+        """Give each kind of warning the first time it comes up.
+
+        Args:
+            step: Finished updates.
+            sentences: By their kind.
+        """
+        for kind, sentence in sentences.items():
+            if kind not in self._warned:
+                self.warn(f"step {step}: {sentence}")
+            self._warned.add(kind)
+
+    def sync(self) -> None:
+        """Make the log safe on disk."""
+        if self.log:
+            self.log.sync()
