@@ -20,7 +20,7 @@ from rich.console import Console
 import softvq
 from softvq.config import flat, from_dict, read_json, read_yaml, to_dict, to_yaml
 from softvq.errors import InputError, RunError
-from softvq.files import write_json, write_text
+from softvq.files import remove_leftovers, write_json, write_text
 from softvq.locks import folder_lock
 from softvq.ranks import is_main
 from softvq.training import distributed
@@ -98,6 +98,7 @@ def claim(
         raise InputError(f"{run}: is no run to resume, it holds {min(others)}; choose another folder")
     if begun:
         _check_config(run, config, FREE_FIELDS | free)
+        remove_leftovers(run)
     if (run / "run.json").exists():
         before = read_json(run / "run.json").get("data", {})
         if before != data:

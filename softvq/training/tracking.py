@@ -64,6 +64,22 @@ class RunLog:
         """
         record = {"step": step, **values, **({"clock": dict(clock)} if clock else {})}
         self._pending += json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
+        self._flush()
+
+    def sync(self) -> None:
+        """Make the lines survive a power cut, before a checkpoint relies on them.
+
+        Raises:
+            RunError: If some could not be written: after a crash a run that went on from there would lack them.
+        """
+        if self._pending:
+            self._flush()
+        if self._pending:
+            raise RunError(f"{self.path}: lacks lines that cannot be written, so there is no checkpoint now")
+        with contextlib.suppress(OSError), self.path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def _flush(self) -> None:
         try:
             with self.path.open("r+b") as file:
                 file.truncate(self._size)  # cut what a write that failed midway may have left
@@ -74,11 +90,6 @@ class RunLog:
             return
         self._size += len(self._pending)
         self._pending = b""
-
-    def sync(self) -> None:
-        """Make the lines survive a power cut, before a checkpoint relies on them."""
-        with contextlib.suppress(OSError), self.path.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 class TensorBoard:

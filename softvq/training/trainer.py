@@ -309,9 +309,9 @@ class Trainer:
             return
         if not is_main() or (self.saved and self.saved.step == self.step):
             return
-        if reports:
-            reports.sync()
         try:
+            if reports:
+                reports.sync()
             if self._due(self.config.save_every):  # so that a run that was stopped keeps those of one that was not
                 self.averages.save_snapshot(self.run, self.step)
             info = {**self.info, **self.guard.info}

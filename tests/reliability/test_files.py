@@ -1,0 +1,99 @@
+"""Checkpoints against crashes, damage, bad disks and lost power; `benchmarks/reliability.py` has it in full."""
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from softvq.training import checkpoint
+from tests.reliability import campaigns, power
+
+
+def test_a_crash_before_any_call_to_the_file_system_loses_nothing(tmp_path: Path) -> None:
+    found = campaigns.crashes(tmp_path)
+    assert found["places"] > 20
+    assert found["survived"] == found["places"]
+    assert found["never_back_and_forth"]
+
+
+def test_a_disk_that_fails_once_loses_nothing(tmp_path: Path) -> None:
+    found = campaigns.flaky_disk(tmp_path)
+    assert found["places"] > 20
+    assert found["survived"] == found["places"]
+
+
+def test_losing_power_loses_nothing(tmp_path: Path) -> None:
+    found = power.power_losses(tmp_path, 120)
+    assert found["survived"] == found["states"] == 120
+    assert 0 < found["with_the_new_one"] < 120
+
+
+def test_what_is_not_flushed_before_it_gets_its_name_would_be_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The campaign can fail: without flushing, some states are lost."""
+    monkeypatch.setattr("softvq.files._fsync", lambda path: None)
+    monkeypatch.setattr("softvq.files.fsync_folder", lambda path: None)
+    monkeypatch.setattr(checkpoint, "fsync_folder", lambda path: None)
+    calls = power.recorded_save(campaigns.run_with(tmp_path / "run", 10, 20), 30, keep=2)
+    assert not any(call.kind in ("data", "names") for call in calls)
+    lost = list(power.states(calls, {}, 50, __import__("random").Random(0)))
+    assert any(b"\0" in (data or b"") for disk in lost for data in disk.values())
+
+
+def test_every_changed_byte_is_noticed_and_the_one_before_is_used(tmp_path: Path) -> None:
+    found = campaigns.corruptions(tmp_path, 100)
+    assert found["detected"] == found["fell_back"] == found["changed"] == 100
+
+
+def test_every_cut_is_noticed(tmp_path: Path) -> None:
+    found = campaigns.cuts(tmp_path, 10)
+    assert found["detected"] == found["cut"] == 36
+
+
+def test_a_full_disk_keeps_the_last(tmp_path: Path) -> None:
+    assert campaigns.full_disk(tmp_path, 10) == {"full": 10, "survived": 10}
+
+
+def test_saving_leaves_nothing_open(tmp_path: Path) -> None:
+    found = campaigns.leaks(tmp_path, 30)
+    assert (found["handles"], found["threads"], found["folders"]) == (0, 0, 2)
+
+
+def test_pruning_never_deletes_the_newest_intact_one(tmp_path: Path) -> None:
+    """Whatever is damaged, whatever is kept: the newest that verifies stays, and `keep` of those there are."""
+    for damaged in range(16):
+        run = campaigns.run_with(tmp_path / str(damaged), 10, 20, 30, 40)
+        for place in range(4):
+            if damaged >> place & 1:
+                (run / f"checkpoints/step-{10 * place + 10:08d}/manifest.json").write_text("{}")
+        before = checkpoint.latest(run)
+        for keep in (3, 2, 1):
+            checkpoint.prune(run, keep)
+            assert checkpoint.latest(run) == before
+            intact = [path for path in (run / "checkpoints").iterdir() if checkpoint.verify(path) is None]
+            assert len(intact) == min(keep, 4 - damaged.bit_count())
+
+
+def test_the_newest_regular_one_outlives_those_that_signals_left(tmp_path: Path) -> None:
+    run = campaigns.run_with(tmp_path / "run", 10, 20, 21, 22, 23)
+    checkpoint.prune(run, 1, every=10)
+    assert sorted(path.name[-2:] for path in (run / "checkpoints").iterdir()) == ["20", "23"]
+    checkpoint.discard_after(run, 20)
+    assert sorted(path.name[-2:] for path in (run / "checkpoints").iterdir()) == ["20"]
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    from softvq.files import remove_leftovers, replacing
+
+    kept = [".hidden.tmp", "a.tmp.png", ".a.12345678.png", ".lock"]
+    for name in kept:
+        (tmp_path / name).write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *args, **options: None)  # as if killed before
+        with pytest.raises(KeyError), replacing(tmp_path / "samples" / "a.png"):
+            raise KeyError
+    assert len(list((tmp_path / "samples").iterdir())) == 1
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
+    assert stat.S_ISDIR((tmp_path / "samples").stat().st_mode)

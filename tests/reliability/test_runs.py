@@ -1,0 +1,81 @@
+"""Whole runs that are killed, stopped and restarted, in short; `benchmarks/reliability.py` has it in full.
+
+The campaigns run in a process of its own, which imports everything once and forks a trainer for every trial.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.reliability.harness import make_photographs, run_config
+
+KILLS, STOPS = 8, 3
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TZ": "Asia/Kathmandu", "LC_ALL": "C"}
+    folder = tmp_path_factory.mktemp("ein Ordner für Läufe")
+    command = [sys.executable, "-m", "tests.reliability", str(folder), str(KILLS), str(STOPS)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_killed_runs_end_as_the_one_that_was_not(found: dict[str, Any]) -> None:
+    kills = found["kills"]
+    assert kills["mismatches"] == []
+    assert kills["kills"] == KILLS
+    assert kills["kills_in_saves"] >= 2
+    assert kills["resumed_in_the_middle"] >= 3
+
+
+@pytest.mark.slow
+def test_terminated_runs_save_and_end_as_the_one_that_was_not(found: dict[str, Any]) -> None:
+    stops = found["terminations"]
+    assert stops["sent"] == stops["identical"] == STOPS
+    assert stops["saved_and_75"] + stops["outside_of_training"] == STOPS
+
+
+@pytest.mark.slow
+def test_every_signal_at_every_moment_has_its_exit_code(found: dict[str, Any]) -> None:
+    assert found["signals"] == {"cases": 9, "right": 9, "wrong": []}
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_restarted_and_nothing_is_different(found: dict[str, Any]) -> None:
+    elastic = found["elastic"]
+    assert elastic["killed"]
+    assert elastic["codes"] == [0, 0]
+    assert elastic["identical"]
+    assert elastic["apart_from_one_process"] < 1e-5
+
+
+def test_a_folder_that_vanishes_is_one_sentence(tmp_path: Path) -> None:
+    import shutil
+
+    from softvq.errors import RunError
+    from softvq.training import tokenizer_run
+
+    make_photographs(tmp_path)
+    original = tokenizer_run.batches
+
+    def vanishing(*args: Any) -> Any:
+        for place, batch in enumerate(original(*args)):
+            if place == 7:
+                shutil.rmtree(tmp_path / "run")
+                (tmp_path / "run").write_text("in the way")
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_run, "batches", vanishing)
+        with pytest.raises(RunError, match=r"step-00000024: the checkpoint cannot be written \(Not a directory\)"):
+            tokenizer_run.train_tokenizer(run_config(tmp_path), tmp_path / "run")
