@@ -73,11 +73,17 @@ def test_lines_that_find_no_room_are_written_later(tmp_path: Path) -> None:
     try:
         for step in range(19):
             log.write(step, {"loss": 1 / (step + 1)})
+        with pytest.raises(RunError, match=r"log.jsonl: lacks lines that cannot be written"):
+            log.sync()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "cannot be written (File too large)" in said[0]
+    log.sync()
     log.write(19, {"loss": 1 / 20})
     assert path.read_bytes() == expected
+    path.unlink()
+    log.write(20, {})
+    assert read_log(path)[0]["step"] == 20
 
 
 def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from softvq.errors import RunError
 from softvq.training.tracking import Display, Pace, RunLog, TensorBoard, Warn
 
 __all__ = ["Reports"]
@@ -103,7 +104,19 @@ class Reports:
                 self.warn(f"step {step}: {sentence}")
             self._warned.add(kind)
 
-    def sync(self) -> None:
-        """Make the log safe on disk."""
-        if self.log:
-            self.log.sync()
+    def sync(self, last: bool = False) -> None:
+        """Make the log safe on disk.
+
+        Args:
+            last: Only warn if that fails, because a run that is finished should not lose its weights over it.
+
+        Raises:
+            RunError: If it fails.
+        """
+        try:
+            if self.log:
+                self.log.sync()
+        except RunError as error:
+            if not last:
+                raise
+            self.warn(str(error))

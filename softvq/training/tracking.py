@@ -75,13 +75,15 @@ class RunLog:
         if self._pending:
             self._flush()
         if self._pending:
-            raise RunError(f"{self.path}: lacks lines that cannot be written, so there is no checkpoint now")
+            raise RunError(f"{self.path}: lacks lines that cannot be written, which a checkpoint would rely on")
         with contextlib.suppress(OSError), self.path.open("rb") as file:
             os.fsync(file.fileno())
 
     def _flush(self) -> None:
         try:
-            with self.path.open("r+b") as file:
+            if not self.path.exists():  # someone took it away
+                self._size = 0
+            with self.path.open("r+b" if self._size else "wb") as file:
                 file.truncate(self._size)  # cut what a write that failed midway may have left
                 file.seek(self._size)
                 file.write(self._pending)

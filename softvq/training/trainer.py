@@ -311,7 +311,7 @@ class Trainer:
             return
         try:
             if reports:
-                reports.sync()
+                reports.sync(last=self.step == self.config.steps)
             if self._due(self.config.save_every):  # so that a run that was stopped keeps those of one that was not
                 self.averages.save_snapshot(self.run, self.step)
             info = {**self.info, **self.guard.info}

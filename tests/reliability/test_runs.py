@@ -5,6 +5,7 @@ The campaigns run in a process of its own, which imports everything once and for
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from softvq.errors import RunError
+from softvq.training import tokenizer_run
 from tests.reliability.harness import make_photographs, run_config
 
-KILLS, STOPS = 8, 3
+KILLS, STOPS = 6, 2
 ROOT = Path(__file__).parents[2]
 
 
@@ -34,8 +37,8 @@ def test_killed_runs_end_as_the_one_that_was_not(found: dict[str, Any]) -> None:
     kills = found["kills"]
     assert kills["mismatches"] == []
     assert kills["kills"] == KILLS
-    assert kills["kills_in_saves"] >= 2
-    assert kills["resumed_in_the_middle"] >= 3
+    assert kills["kills_in_saves"] >= 1
+    assert kills["resumed_in_the_middle"] >= 2
 
 
 @pytest.mark.slow
@@ -53,18 +56,13 @@ def test_every_signal_at_every_moment_has_its_exit_code(found: dict[str, Any]) -
 @pytest.mark.slow
 def test_a_killed_rank_is_restarted_and_nothing_is_different(found: dict[str, Any]) -> None:
     elastic = found["elastic"]
-    assert elastic["killed"]
-    assert elastic["codes"] == [0, 0]
+    assert elastic["codes"][0] == [[0, 0]]
+    assert elastic["codes"][1] == [[3, -9], [0, 0]]  # the one that is left says so and ends
     assert elastic["identical"]
     assert elastic["apart_from_one_process"] < 1e-5
 
 
 def test_a_folder_that_vanishes_is_one_sentence(tmp_path: Path) -> None:
-    import shutil
-
-    from softvq.errors import RunError
-    from softvq.training import tokenizer_run
-
     make_photographs(tmp_path)
     original = tokenizer_run.batches
 
