@@ -53,7 +53,10 @@ def faults(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
     reached += f", at most {found['slowest_seconds']:.1f} s"
     yield "SIGTERM at random moments", f"{arguments.stops} identical, <= 10 s", reached, ok
     found = campaigns.signals(folder, whole)
-    asked, reached = f"{found['cases']}/{found['cases']}", f"{found['right']}/{found['cases']}"
+    asked, reached = (
+        f"{found['cases']}/{found['cases']}",
+        "; ".join([f"{found['right']}/{found['cases']}", *found["wrong"]]),
+    )
     yield "each signal, twice, in a save, in sampling, in a stall", asked, reached, not found["wrong"]
     right = stopped_after_every_step(folder, whole)
     asked = f"{harness.STEPS - 1}/{harness.STEPS - 1} identical"
@@ -121,7 +124,7 @@ def same(run: Path, whole: harness.Reference) -> bool:
 
 def environments(folder: Path, whole: harness.Reference) -> Iterator[Row]:
     """Train with another time zone, locale, hash seed, umask and current folder, each in an interpreter of its own."""
-    odd = folder / "ein Ordner für Läufe"
+    odd = folder / "ein Verzeichnis für Läufe"
     odd.mkdir()
     code = (
         "import sys, torch; torch.set_num_threads(1); from pathlib import Path; from tests.reliability import harness;"

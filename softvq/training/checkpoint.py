@@ -179,7 +179,9 @@ def load(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def prune(run: Path, keep: int, every: int = 1) -> None:
-    """Delete all but the newest checkpoints that verify; each first loses its name, then its files.
+    """Delete all but the newest checkpoints that verify, and the best; each first loses its name, then its files.
+
+    The best is the one whose `state.json` has the highest `score`, if any has one.
 
     Args:
         run: Folder of the run, whose lock the caller holds.
@@ -188,12 +190,13 @@ def prune(run: Path, keep: int, every: int = 1) -> None:
     """
     assert keep >= 1
     kept = regular = 0
+    best = _best(run)
     for step, folder in _folders(run):
         if kept < keep or (not regular and step % every == 0):
             intact = verify(folder) is None
             kept += intact
             regular += intact and step % every == 0
-        else:
+        elif folder != best:
             _delete(folder)
 
 
@@ -202,6 +205,17 @@ def discard_after(run: Path, step: int) -> None:
     for later, folder in _folders(run):
         if later > step:
             _delete(folder)
+
+
+def _best(run: Path) -> Path | None:
+    scores: dict[Path, float] = {}
+    for _, folder in _folders(run):
+        with contextlib.suppress(InputError):
+            score = read_json(folder / "state.json").get("score")
+            if isinstance(score, int | float):
+                scores[folder] = score
+    ranked = sorted(scores, key=lambda folder: scores[folder], reverse=True)  # of equals the newest
+    return next((folder for folder in ranked if verify(folder) is None), None)
 
 
 def _delete(folder: Path) -> None:

@@ -21,6 +21,7 @@ __all__ = ["ANOTHER_ORDER", "Guard", "GuardConfig"]
 
 ANOTHER_ORDER = 1 << 31
 """Steps that lie between the samples of a run and those it is shown after a rollback: more than any run has."""
+NORMS = ("grad_norm", "critic_grad_norm")
 NORMS_KNOWN = 50
 """Updates before a norm can be called a spike."""
 NORMS_REMEMBERED = 100
@@ -56,17 +57,18 @@ class Guard:
     Args:
         config: What is bad, and how many are too many.
         device: Where the losses are.
-        norms: Names of all gradient norms that it will be shown.
+        save_every: Steps between the checkpoints that a run may go back to.
     """
 
-    def __init__(self, config: GuardConfig, device: torch.device, norms: tuple[str, ...]) -> None:
+    def __init__(self, config: GuardConfig, device: torch.device, save_every: int) -> None:
         self.config = config
         self.limit = config.max_bad_updates if config.action == "skip" else 1
         self._in_a_row, self._total = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         self._first, self._failed = (torch.full((), -1, device=device) for _ in range(2))
-        self._means = {name: torch.zeros(2, device=device) for name in norms}  # the mean, and of how many
+        self._means = {name: torch.zeros(2, device=device) for name in NORMS}  # the mean, and of how many
         self._told = 0
         self.rollbacks = 0
+        self.every = save_every if self.skips else 1
 
     @property
     def skips(self) -> bool:
@@ -94,14 +96,15 @@ class Guard:
         return {"rollbacks": self.rollbacks} if self.rollbacks else {}
 
     def judge(self, step: int, losses: list[Tensor], norms: Mapping[str, Tensor]) -> Float[Tensor, ""]:
-        """Return 1 if an update must change nothing, else 0, without a host sync.
-
-        Once too many are bad, all later ones are left out as well, until the host looks.
+        """Judge an update, without a host sync; once too many were bad, all later ones are until the host looks.
 
         Args:
             step: Updates before it.
             losses: Scalars.
             norms: Of the gradients, by name.
+
+        Returns:
+            1 if the update must change nothing, else 0.
         """
         verdict = (~torch.stack([*losses, *norms.values()]).isfinite().all()).float()
         if self.config.spike_factor is not None:
@@ -117,10 +120,13 @@ class Guard:
         return bad.float()
 
     def look(self, warn: Callable[[str], None]) -> bool:
-        """Return whether there were too many bad updates in a row; this waits for the device.
+        """Look for bad updates; this waits for the device.
 
         Args:
             warn: Takes a sentence about those that were left out.
+
+        Returns:
+            Whether there were too many in a row.
         """
         before, self._told = self._told, int(self._total)
         if self.skips and self._told > before:

@@ -1,6 +1,7 @@
 """Everything a run says at a step: a line of the log, TensorBoard, the display, warnings."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,7 @@ class Reports:
     def start_at(self, step: int) -> None:
         """Go on after a step; what was written of later ones is cut off."""
         self.close()
+        self._figures: dict[str, Any] = {}
         self.log = RunLog(self.run / "log.jsonl", step, self.warn) if self._main else None
         self._board = TensorBoard(self.run, step, self.warn) if self._tensorboard else None
         self._pace = Pace(step)
@@ -75,6 +77,7 @@ class Reports:
         """
         seconds_per_step = self._pace.seconds_per_step(step)
         images_per_sec = self.batch_size / seconds_per_step
+        self._figures.update(values)
         self.display.report(step, values, images_per_sec, seconds_per_step * (self.steps - step))
         if self.log:
             self.log.write(step, values, clock={"time": time.time(), "images_per_sec": images_per_sec})
@@ -83,8 +86,23 @@ class Reports:
 
     def note(self, step: int, values: Mapping[str, Any]) -> None:
         """Put something that is no number of a log step into the log."""
+        self._figures.update(values.get("samples", {}))
         if self.log:
             self.log.write(step, values)
+
+    def score(self, name: str | None) -> dict[str, float]:
+        """Return how good a checkpoint of this moment is, the more the better, as far as that is known.
+
+        Args:
+            name: Of a figure of the log: `loss`, `psnr`, or None.
+
+        Returns:
+            `score`, or nothing.
+        """
+        value = self._figures.get(name or "")
+        if value is None or not math.isfinite(value):
+            return {}
+        return {"score": -value if name == "loss" else value}
 
     def skipped(self, step: int, names: Sequence[str]) -> None:
         """Name the images that could not be read, if there are any."""

@@ -32,7 +32,7 @@ __all__ = ["FREE_FIELDS", "carry_out", "claim", "info", "register", "restore", "
 FREE_FIELDS = frozenset(
     f"train.{name}"
     for name in (
-        *("device", "log_every", "save_every", "sample_every", "keep", "tensorboard"),
+        *("device", "log_every", "save_every", "sample_every", "keep", "keep_best", "tensorboard"),
         *("guard.action", "guard.max_bad_updates", "guard.max_rollbacks"),
     )
 )

@@ -70,6 +70,8 @@ class TrainConfig:
     """Steps between sample grids; 0 makes none."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    keep_best: Literal["loss", "psnr"] | None = None
+    """Also keep the checkpoint with the lowest loss, or the highest PSNR of the samples, in the log; null for none."""
     tensorboard: bool = False
     """Write the log for TensorBoard as well."""
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
@@ -136,8 +138,7 @@ class Trainer:
         if task.critic is not None:
             task.critic.to(self.device)
             self.critic_optimizer = Optimizer(task.critic, critic_optim or optim, config.steps)
-        self.guard = Guard(config.guard, self.device, ("grad_norm", "critic_grad_norm"))
-        self._phase = BETWEEN
+        self.guard, self._phase = Guard(config.guard, self.device, config.save_every), BETWEEN
         if config.compile:
             task.compile()
         if config.cuda_graph and world_size() > 1:
@@ -314,9 +315,8 @@ class Trainer:
                 reports.sync(last=self.step == self.config.steps)
             if self._due(self.config.save_every):  # so that a run that was stopped keeps those of one that was not
                 self.averages.save_snapshot(self.run, self.step)
-            info = {**self.info, **self.guard.info}
-            every = self.config.save_every if self.guard.skips else 1
-            self.saved = checkpoints.save(self.run, self.step, self.state(), info, self.config.keep, every)
+            info = {**self.info, **self.guard.info, **(reports.score(self.config.keep_best) if reports else {})}
+            self.saved = checkpoints.save(self.run, self.step, self.state(), info, self.config.keep, self.guard.every)
         except RunError as error:
             if self.step == self.config.steps:
                 raise

@@ -7,6 +7,7 @@ import pytest
 
 from softvq.training import checkpoint
 from tests.reliability import campaigns, power
+from tests.test_trainer import lines, points, trainer
 
 
 def test_a_crash_before_any_call_to_the_file_system_loses_nothing(tmp_path: Path) -> None:
@@ -73,6 +74,29 @@ def test_pruning_never_deletes_the_newest_intact_one(tmp_path: Path) -> None:
             assert checkpoint.latest(run) == before
             intact = [path for path in (run / "checkpoints").iterdir() if checkpoint.verify(path) is None]
             assert len(intact) == min(keep, 4 - damaged.bit_count())
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    for step, score in ((10, 1.0), (20, 3.0), (30, 2.0), (40, None)):
+        info = {} if score is None else {"score": score}
+        checkpoint.save(tmp_path, step, campaigns.tensors(step), info, keep=1)
+    folders = tmp_path / "checkpoints"
+    assert sorted(path.name[-2:] for path in folders.iterdir()) == ["20", "40"]
+    (folders / "step-00000020/state.safetensors").write_bytes(b"")  # the best is damaged: it does not count
+    checkpoint.save(tmp_path, 50, campaigns.tensors(50), {"score": 0.5}, keep=1)
+    assert sorted(path.name[-2:] for path in folders.iterdir()) == ["50"]
+
+
+@pytest.mark.parametrize("name", ["loss", "psnr"])
+def test_a_run_keeps_the_best_that_its_log_knows(tmp_path: Path, name: str) -> None:
+    def sample(step: int) -> dict[str, float]:
+        return {"psnr": {5: 1.0, 10: 9.0, 15: 2.0, 20: 3.0}[step]}
+
+    trainer(tmp_path, sample=sample, sample_every=5, keep=1, keep_best=name).fit(points)
+    losses = {line["step"]: line["loss"] for line in lines(tmp_path) if "loss" in line}
+    best = 10 if name == "psnr" else min((5, 10, 15, 20), key=lambda step: losses[step])
+    kept = {int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {best, 20}
 
 
 def test_the_newest_regular_one_outlives_those_that_signals_left(tmp_path: Path) -> None:

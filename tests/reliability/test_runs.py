@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TZ": "Asia/Kathmandu", "LC_ALL": "C"}
-    folder = tmp_path_factory.mktemp("ein Ordner für Läufe")
+    folder = tmp_path_factory.mktemp("ein Verzeichnis für Läufe")
     command = [sys.executable, "-m", "tests.reliability", str(folder), str(KILLS), str(STOPS)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
