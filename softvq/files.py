@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "fsync_folder",
+    "json_text",
     "read_tensors",
     "remove_leftovers",
     "replacing",
@@ -84,7 +85,12 @@ def write_text(path: Path | str, text: str) -> None:
 
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` to `path` atomically as indented JSON; NaN and infinities are refused."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return what `write_json` writes."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:

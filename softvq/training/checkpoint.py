@@ -22,7 +22,7 @@ from torch import Tensor
 
 from softvq.config import read_json
 from softvq.errors import InputError, RunError
-from softvq.files import fsync_folder, read_tensors, sha256, write_json, write_tensors
+from softvq.files import fsync_folder, json_text, read_tensors, sha256, write_json, write_tensors
 
 __all__ = ["Checkpoint", "discard_after", "latest", "load", "prune", "recover", "save", "verify"]
 
@@ -96,6 +96,8 @@ def verify(folder: Path) -> str | None:
         manifest = read_json(folder / "manifest.json")
         if manifest.get("format") != FORMAT or set(manifest) != {"format", "files"}:
             return "manifest.json is not of a format this version reads"
+        if (folder / "manifest.json").read_bytes() != json_text(manifest).encode():  # not a blank may differ
+            return "manifest.json is not what was written"
         if set(manifest["files"]) != set(STATE_FILES):
             return "manifest.json does not list the right files"
         for name, expected in manifest["files"].items():

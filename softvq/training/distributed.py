@@ -69,7 +69,11 @@ def join(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # gloo carries what the host decides (signals, barriers), so that nothing of it waits for the GPU
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store, rank, count = next(dist.rendezvous("env://"))
+    # the agent of torchrun keeps its store over restarts, and in it the addresses of processes that are no more
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(backend, store=dist.PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=count)
 
 
 def may_restart() -> bool:
