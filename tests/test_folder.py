@@ -258,7 +258,7 @@ def test_each_photograph_is_decoded_once_while_there_is_room(root: Path, monkeyp
         decoded.append(path.name)
         return read_image(path, max_pixels)
 
-    monkeypatch.setattr("softvq.data.folder.read_image", counted)
+    monkeypatch.setattr("softvq.data.sources.read_image", counted)
     listed(PhotoFolder(root, 16, DataConfig(), seed=0), batch_size=10, num_steps=3)
     assert len(decoded) == 10
     decoded.clear()

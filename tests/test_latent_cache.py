@@ -43,7 +43,7 @@ def test_a_cache_holds_both_views_of_every_photograph(tmp_path: Path, photos: Ph
     assert (cache.image_size, cache.data_fingerprint) == (SIDE, photos.fingerprint)
     assert (cache.tokenizer, cache.fingerprint) == ("model", PLAN.fingerprint)
     for name, views in zip(cache.names, cache.latents, strict=True):
-        square = center_crop(read_image(photos.root / name), SIDE)
+        square = center_crop(read_image(Path(photos.root, name)), SIDE)
         for view, picture in zip(views, (square, square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)), strict=True):
             torch.testing.assert_close(view, encode(to_tensor(picture)[None])[0])
     assert not torch.equal(cache.latents[:, 0], cache.latents[:, 1])

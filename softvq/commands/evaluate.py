@@ -191,7 +191,7 @@ class _Chosen:
         self.folder = PhotoFolder(path, size[0], data, seed=0)
         patch_size = tokenizer.config.patch_size
         self.photos = Photos(source=Path(path), size=size, patch_size=patch_size, console=messages())
-        self.photos.paths = [self.folder.root / self.folder.names[i] for i in evenly(len(self.folder), most)]
+        self.photos.paths = [Path(path) / self.folder.names[i] for i in evenly(len(self.folder), most)]
         self.labels = dict(zip(self.folder.names, self.folder.labels, strict=True))
 
     def batches(self, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:

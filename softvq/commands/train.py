@@ -12,9 +12,8 @@ from rich.table import Table
 from softvq.commands.common import messages, results
 from softvq.commands.inspect import parameter_counts
 from softvq.config import apply_overrides, from_dict, read_yaml, to_yaml
-from softvq.data.folder import DataConfig, PhotoFolder
-from softvq.data.images import find_images
 from softvq.data.latent_cache import cache_info
+from softvq.data.sources import open_source
 from softvq.errors import InputError
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.training.generator_recipe import GeneratorRunConfig, expand_generator
@@ -104,7 +103,7 @@ def _shape(data: dict[str, Any]) -> dict[str, int]:
     elif isinstance(data.get("tokenizer"), str) and isinstance(photographs, str):
         config = ImageTokenizer.from_pretrained(data["tokenizer"]).config
         shape = {"num_tokens": config.num_latent_tokens, "latent_dim": config.latent_dim}
-        classes = len(PhotoFolder(photographs, config.image_size, DataConfig(), 0).classes)
+        classes = len(open_source(photographs).classes)
     else:
         raise InputError("there is nothing to train on: give --latents, or --data and --tokenizer")
     return {**shape, "num_classes": classes} if classes else shape
@@ -131,7 +130,7 @@ def _say_where(folder: Path) -> None:
 
 
 def _print_plan(config: TokenizerRunConfig) -> None:
-    found = 0 if config.data.path is None else len(find_images(config.data.path))
+    found = 0 if config.data.path is None else len(open_source(config.data.path).names)
     console = results()
     console.print(to_yaml(config), soft_wrap=True)
     with torch.device("meta"):

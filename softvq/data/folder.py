@@ -1,12 +1,10 @@
-"""A folder of photographs as an endless, keyed stream of batches.
+"""A set of photographs as an endless, keyed stream of batches.
 
 What stands at a position depends on the seed, the position and the files alone: not on the number of workers or ranks,
 nor on where a run was started. Resuming is asking for a later step.
 """
 
 import dataclasses
-import hashlib
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,14 +20,13 @@ from softvq.data.images import (
     MAX_PIXELS,
     PILLOW_MAX_PIXELS,
     center_crop,
-    find_images,
     halve,
     largest_crop_side,
     random_crop,
-    read_image,
     to_tensor,
 )
 from softvq.data.order import index_at
+from softvq.data.sources import fingerprint_of, open_source
 from softvq.errors import InputError, RunError
 from softvq.randomness import generator
 
@@ -43,7 +40,8 @@ class DataConfig:
     """Where the photographs are and how they are prepared."""
 
     path: str | None = None
-    """Folder of images: one subfolder a class, or images directly in it, which then have no classes."""
+    """Folder of images: one subfolder a class, or images directly in it, which then have no classes; or a folder, a
+    pattern or a URL of tar shards, or `hf:NAME[:SPLIT[:IMAGE_COLUMN[:LABEL_COLUMN]]]`; see docs/data.md."""
 
     crop: Literal["random", "center"] = "random"
     """Square cut from each photograph: a random one of at least 0.8 of the shorter side, or the middle."""
@@ -111,12 +109,12 @@ class Batch:
 
 
 class PhotoFolder(Dataset[Sample]):
-    """The photographs of a folder, addressed by global position.
+    """The photographs of a folder or another source, addressed by global position.
 
     Where no image lies directly in the folder, its subfolders are the classes, sorted by name.
 
     Args:
-        root: The folder.
+        root: The folder, or what else `softvq.data.sources.open_source` takes.
         image_size: Side of the squares in pixels.
         config: How photographs are prepared; its `path` is not looked at.
         seed: Of the run; decides order, crops and flips.
@@ -126,17 +124,13 @@ class PhotoFolder(Dataset[Sample]):
     """
 
     def __init__(self, root: Path | str, image_size: int, config: DataConfig, seed: int) -> None:
-        root = Path(root)
-        if root.is_file():
+        if not str(root).lower().endswith(".tar") and Path(root).is_file():
             raise InputError(f"{root}: is a file, expected a folder of images")
         if image_size < 1:
             raise InputError(f"image_size is {image_size}, expected 1 or more")
-        self.root, self.image_size, self.config, self.seed = root, image_size, config, seed
-        self.names = [path.relative_to(root).as_posix() for path in find_images(root)]
-        flat = any("/" not in name for name in self.names)
-        self.classes = [] if flat else sorted({name.split("/", 1)[0] for name in self.names})
-        labels = {name: label for label, name in enumerate(self.classes)}
-        self.labels = [labels.get(name.split("/", 1)[0], -1) for name in self.names]
+        self.source = open_source(root)
+        self.root, self.image_size, self.config, self.seed = self.source.title, image_size, config, seed
+        self.names, self.labels, self.classes = self.source.names, self.source.labels, self.source.classes
         self._bad: set[int] = set()
         self._decoded: dict[int, Image.Image] = {}
         self._room = config.cache_megabytes * 2**20 // max(1, config.num_workers)
@@ -149,15 +143,8 @@ class PhotoFolder(Dataset[Sample]):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the sorted relative names and sizes in bytes, hexadecimal: changes when the data set does."""
-        digest = hashlib.sha256()
-        for name in sorted(self.names):
-            try:
-                size = (self.root / name).stat().st_size
-            except OSError:  # a link to nothing, say; it is passed over like any file that cannot be read
-                size = -1
-            digest.update(os.fsencode(name) + b"\0%d\n" % size)
-        return digest.hexdigest()
+        """As `softvq.data.sources.fingerprint_of` has it: changes when the data set does."""
+        return fingerprint_of(self.source)
 
     def sample(self, position: int) -> Sample:
         """Return the photograph at a global position, prepared with the randomness of that position.
@@ -207,7 +194,7 @@ class PhotoFolder(Dataset[Sample]):
         if index in self._decoded:
             return self._decoded[index]
         try:
-            photograph = read_image(self.root / self.names[index], self.config.max_pixels)
+            photograph = self.source.image(index, self.config.max_pixels)
         except InputError:
             self._bad.add(index)
             return None

@@ -15,6 +15,7 @@ from torch import Tensor
 from softvq.errors import InputError
 
 __all__ = [
+    "MAX_FILE_BYTES",
     "MAX_PIXELS",
     "PILLOW_MAX_PIXELS",
     "SUFFIXES",
@@ -47,7 +48,7 @@ UPRIGHT = {
 }
 
 
-def read_image(source: Path | str | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(source: Path | str | bytes, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:
     """Decode a JPEG, PNG or WebP of any colour mode to upright 8-bit RGB.
 
     Of an animation the first frame is taken, 16-bit grey is scaled, transparency is laid over white. The number of
@@ -56,6 +57,7 @@ def read_image(source: Path | str | bytes, max_pixels: int = MAX_PIXELS) -> Imag
     Args:
         source: A file, or the bytes of one.
         max_pixels: Largest width times height, at most `PILLOW_MAX_PIXELS`.
+        name: What to call it in errors; by default the file's path.
 
     Returns:
         An image of mode RGB that depends on the file no more.
@@ -63,7 +65,8 @@ def read_image(source: Path | str | bytes, max_pixels: int = MAX_PIXELS) -> Imag
     Raises:
         InputError: If the file is missing, empty, too large, damaged, or of another format.
     """
-    name = "image" if isinstance(source, bytes) else str(source)
+    if name is None:
+        name = "image" if isinstance(source, bytes) else str(source)
     data = source if isinstance(source, bytes) else _read_bytes(Path(source))
     if not data:
         raise InputError(f"{name}: is empty (0 bytes); fetch it again or remove it")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from softvq.config import to_dict
 from softvq.data.folder import PhotoFolder
-from softvq.data.images import center_crop, read_image, to_tensor
+from softvq.data.images import center_crop, to_tensor
 from softvq.data.latent_cache import (
     DTYPES,
     HEADER,
@@ -165,7 +165,7 @@ class _Reader(Dataset["_Read"]):
         for number in self.parts[index].numbers:
             name = folder.names[number]
             try:
-                photograph = read_image(folder.root / name, folder.config.max_pixels)
+                photograph = folder.source.image(number, folder.config.max_pixels)
             except InputError as error:
                 skipped.append(name)
                 sentences.append(str(error))

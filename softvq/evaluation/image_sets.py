@@ -1,15 +1,14 @@
 """Sets of images that are to be scored, whatever they are kept in, as batches of 8-bit pixels that always are the same.
 
-A set is a folder of image files, an .npz file of samples, latents with the tokenizer that decodes them, or a tensor.
-Neither the size of a batch nor how many threads and processes share the work changes a pixel, and no image is left out.
+A set is a folder of image files, tar shards, an .npz file of samples, latents with the tokenizer that decodes them, or
+a tensor. Neither the size of a batch nor how many threads and processes share the work changes a pixel, and no image is
+left out.
 """
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,9 +18,12 @@ from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from softvq.data.images import SUFFIXES, center_crop, find_images, read_image
+from softvq.data.ahead import mapped_ahead
+from softvq.data.images import MAX_PIXELS, SUFFIXES, center_crop, find_images, read_image
 from softvq.data.latent_cache import HEADER, cache_info, read_cache
 from softvq.data.latents import read_latents
+from softvq.data.shards import names_shards
+from softvq.data.sources import HUB_PREFIX, Source, StoredImage, open_source
 from softvq.errors import InputError, RunError
 from softvq.evaluation.npz_images import open_npz, read_npz
 from softvq.tokenizers.autoencoder import ImageTokenizer
@@ -29,8 +31,11 @@ from softvq.tokenizers.autoencoder import ImageTokenizer
 __all__ = ["ImageBatch", "ImageSet", "in_memory", "open_images", "picked", "pixel_fingerprint"]
 
 Pixels = UInt8[np.ndarray, "height width 3"]
-Items = Generator[Path | np.ndarray, None, None]
-"""Of some images in order: files to decode, or pixels."""
+
+Item = Path | StoredImage | np.ndarray
+"""A file or a picture to decode, or pixels."""
+Items = Generator[Item, None, None]
+"""Of some images in order."""
 
 DIGEST_BYTES = 16
 DECODED_AT_ONCE = 32
@@ -105,7 +110,10 @@ class ImageSet:
         batch_size = max(1, min(batch_size, BATCH_BYTES // (3 * self.size[0] * self.size[1])))
         items = self.items(share.start, share.stop)
         ahead = batch_size + 2 * workers  # so that the next batch is made while this one is used
-        with contextlib.closing(items), contextlib.closing(_mapped(self._digested, items, workers, ahead)) as images:
+        with (
+            contextlib.closing(items),
+            contextlib.closing(mapped_ahead(self._digested, items, workers, ahead)) as images,
+        ):
             for start in share[::batch_size]:
                 places = range(start, min(start + batch_size, share.stop))
                 found = [next(images) for _ in places]
@@ -117,15 +125,15 @@ class ImageSet:
                     digests=tuple(image.digest for image in found),
                 )
 
-    def _digested(self, item: Path | np.ndarray) -> "_Digested":
-        image = read_image(item) if isinstance(item, Path) else item
+    def _digested(self, item: Item) -> "_Digested":
+        image = read_image(item) if isinstance(item, Path) else item.read() if isinstance(item, StoredImage) else item
         if self.crop != NO_CROP:
             whole = Image.fromarray(image) if isinstance(image, np.ndarray) else image
             image = center_crop(whole, self.size[0])
         pixels = np.ascontiguousarray(image)
         if pixels.shape[:2] != self.size:
             raise InputError(
-                f"{item if isinstance(item, Path) else self.source}: is {_by(pixels.shape)} (height x width), expected "
+                f"{self.source if isinstance(item, np.ndarray) else item}: is {_by(pixels.shape)} (height x width), expected "
                 f"{_by(self.size)} like the first of {self.source}; give images of one size, or --crop with --size N"
             )
         return _Digested(pixels, _digest(pixels))
@@ -137,7 +145,8 @@ def open_images(
     """Look at what holds a set of images, and read no more of it than tells the size of an image.
 
     Args:
-        source: A folder of JPEG, PNG or WebP files, or one of them; an .npz file with `arr_0` as ADM writes samples; a
+        source: A folder of JPEG, PNG or WebP files, or one of them; tar shards or a Hugging Face data set, as
+            `softvq.data.sources.open_source` takes them; an .npz file with `arr_0` as ADM writes samples; a
             latent file of `softvq encode`, or a cache of `softvq cache-latents`, of which the view as it is counts.
             The `grid.png` that `softvq sample` lays beside its `recipe.json` is left out.
         size: Side of the images in pixels; None takes the size of the first image.
@@ -157,7 +166,7 @@ def open_images(
     if size is not None and size < 1:
         raise InputError(f"size is {size}, expected at least 1 pixel")
     path = Path(source)
-    found = _opened(path, tokenizer)
+    found = _opened(source, tokenizer)
     if crop and size is not None:
         return dataclasses.replace(found, source=str(source), size=(size, size), crop=f"centre {size} (ADM)")
     if size is not None and found.size != (size, size):
@@ -268,7 +277,10 @@ def _set(
     return ImageSet(source=source, count=count, size=size, crop=NO_CROP, kind=kind, names=names, items=items)
 
 
-def _opened(path: Path, tokenizer: ImageTokenizer | None) -> ImageSet:
+def _opened(source: Path | str, tokenizer: ImageTokenizer | None) -> ImageSet:
+    path = Path(source)
+    if str(source).startswith(HUB_PREFIX) or names_shards(str(source)):
+        return _stored(open_source(source))
     suffix = path.suffix.lower()
     if suffix == ".safetensors" and path.is_file():
         return _latent_file(path, _needed(path, tokenizer))
@@ -297,6 +309,16 @@ def _folder(path: Path) -> ImageSet:
         yield from paths[start:stop]
 
     return _set(str(path), "folder", len(paths), (first.height, first.width), names, items)
+
+
+def _stored(source: Source) -> ImageSet:
+    first = source.image(0, MAX_PIXELS)
+
+    def items(start: int, stop: int) -> Items:
+        for index in range(start, stop):
+            yield StoredImage(source, index)
+
+    return _set(source.title, "folder", len(source.names), (first.height, first.width), source.names, items)
 
 
 def _needed(path: Path, tokenizer: ImageTokenizer | None) -> ImageTokenizer:
@@ -364,35 +386,3 @@ def _decoded(
     if not bool(is_finite):
         raise RunError(f"{path}: the tokenizer decodes to values that are not finite; look at its weights")
     return pixels.numpy()
-
-
-def _mapped(
-    function: Callable[[Path | np.ndarray], _Digested], items: Items, workers: int, ahead: int
-) -> Generator[_Digested, None, None]:
-    """Return what a function makes of the items, in their order; with workers, `ahead` of what is asked for.
-
-    One thread takes the items, since a stream can be read by one only, and the workers do the rest.
-    """
-    if not workers:
-        yield from map(function, items)
-        return
-    waiting: collections.deque[Future[_Digested]] = collections.deque()
-    reader, pool = ThreadPoolExecutor(1, "softvq-reader"), ThreadPoolExecutor(workers, "softvq-decoder")
-
-    def made(item: Future[Path | np.ndarray]) -> _Digested:
-        return function(item.result())
-
-    try:
-        for _ in range(ahead):
-            waiting.append(pool.submit(made, reader.submit(next, items)))
-        while True:
-            try:
-                found = waiting.popleft().result()
-            except StopIteration:
-                return
-            waiting.append(pool.submit(made, reader.submit(next, items)))
-            yield found
-    finally:
-        reader.shutdown(wait=False, cancel_futures=True)
-        pool.shutdown(cancel_futures=True)
-        reader.shutdown()

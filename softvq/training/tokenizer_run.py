@@ -16,7 +16,8 @@ from rich.console import Console
 from torch import Tensor
 
 from softvq.data.folder import Batch, PhotoFolder, batches
-from softvq.data.images import center_crop, find_images, read_image, to_image, to_tensor
+from softvq.data.images import center_crop, to_image, to_tensor
+from softvq.data.sources import open_source
 from softvq.errors import InputError
 from softvq.files import replacing
 from softvq.ranks import is_main, rank, world_size
@@ -68,7 +69,7 @@ def _train(config: TokenizerRunConfig, run: Path, resume: bool, console: Console
     main = is_main()
     data = {"images": len(folder), "fingerprint": folder.fingerprint}
     if main:
-        run_folder.claim(run, config, data, str(folder.root), free=FREE_FIELDS, resume=resume)
+        run_folder.claim(run, config, data, folder.root, free=FREE_FIELDS, resume=resume)
         checkpoints.recover(run, lambda text: run_folder.say(console, f"warning: {text}"))
     distributed.wait_for_all()
     saved = checkpoints.latest(run)
@@ -128,9 +129,10 @@ def _first_images(config: TokenizerRunConfig) -> Float[Tensor, "batch 3 height w
     path = config.held_out or config.data.path
     assert path is not None
     images: list[Tensor] = []
-    for name in find_images(Path(path)):
+    source = open_source(path)
+    for index in range(len(source.names)):
         with contextlib.suppress(InputError):
-            photograph = read_image(name, config.data.max_pixels)
+            photograph = source.image(index, config.data.max_pixels)
             images.append(to_tensor(center_crop(photograph, config.model.image_size)))
         if len(images) == NUM_SAMPLES:
             break
