@@ -33,7 +33,7 @@ def _add_reconstruction(kinds: Commands) -> None:
         metavar="MODEL",
         help="a tokenizer: a folder, or a name on the Hugging Face hub; - with --reconstructions",
     )
-    command.add_argument("data", metavar="DATA", help="photographs: a folder, or an .npz file of images")
+    command.add_argument("data", metavar="DATA", help="photographs: a folder, tar shards, hf:NAME, or .npz file")
     command.add_argument("--size", type=positive, metavar="N", help="centre-crop to N x N (default: the model's)")
     command.add_argument("--images", type=positive, metavar="N", help="at most so many, spread evenly (default: all)")
     command.add_argument("--tokens", type=positive, metavar="N", help="decode the first N alone (default: all)")
@@ -61,7 +61,9 @@ def _add_generation(kinds: Commands) -> None:
         "samples", metavar="SAMPLES|MODEL", help="a folder, .npz or latents file of images, or a generator to make them"
     )
     command.add_argument(
-        "reference", metavar="REFERENCE", help="photographs: a folder, an .npz file of images, or ADM's statistics"
+        "reference",
+        metavar="REFERENCE",
+        help="photographs: a folder, tar shards, hf:NAME, an .npz file of images, or ADM's statistics",
     )
     command.add_argument("--n", type=positive, metavar="N", help="images of a MODEL (default: 5000)")
     command.add_argument("--seed", type=int, help="of a MODEL's images (default: 0)")

@@ -13,7 +13,7 @@ def add_cache(commands: Commands) -> None:
         commands, "cache-latents", "cache:cache_latents", "turn photographs into a cache to train generators on"
     )
     add_model(cache)
-    cache.add_argument("data", metavar="DATA", help="the folder of photographs; its subfolders are the classes")
+    cache.add_argument("data", metavar="DATA", help="a folder of photographs, tar shards, or hf:NAME")
     cache.add_argument("out", metavar="OUT", help="the folder of the cache; one that was interrupted is gone on with")
     cache.add_argument(
         "--shard-size", type=positive, default=4096, metavar="N", help="photographs a file (default: 4096)"
@@ -47,7 +47,11 @@ def add_train(commands: Commands) -> None:
 
 def _run(train: argparse.ArgumentParser) -> None:
     train.add_argument("--config", required=True, metavar="FILE", help="the recipe, a YAML file")
-    train.add_argument("--data", metavar="DIR", help="the folder of photographs (default: data.path of the recipe)")
+    train.add_argument(
+        "--data",
+        metavar="DATA",
+        help="a folder of photographs, tar shards, or hf:NAME (default: data.path of the recipe)",
+    )
     train.add_argument("--run", metavar="DIR", dest="run_dir", help="where to write (default: runs/NAME of recipe)")
     train.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint of --run")
     train.add_argument(

@@ -56,6 +56,8 @@ def cache_latents(arguments: argparse.Namespace) -> None:
             return tokenizer.encode(images.to(device))
 
     console = messages()
+    for sentence in folder.source.remarks:
+        console.print(sentence, soft_wrap=True)
 
     def watch(parts: Sequence[Any]) -> Iterable[Any]:
         return progress(parts, "photographs", console)

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -101,7 +101,7 @@ class ShardSource:
         self.title, self.shards = title, list(shards)
         counts = [len(index.names) for index in indices]
         if not sum(counts):
-            raise InputError(f"{title}: holds no image in {len(self.shards)} shards; give shards with at least one")
+            raise InputError(f"{title}: no shard of it holds an image; give shards with at least one")
         self._first = np.cumsum([0, *counts])
         self._offsets = np.concatenate([index.offsets for index in indices])
         self._sizes = np.concatenate([index.sizes for index in indices])
@@ -226,10 +226,9 @@ def _index(shard: str) -> ShardIndex:
     if _is_url(shard) and not places[0].is_file():
         _fetch_index(shard, places[0])
     for place in places:
-        if place.is_file():
-            index = read_index(place, size)
-            if index is not None and _fits(shard, index):
-                return index
+        index = read_index(place, size) if place.is_file() else None
+        if index is not None and _fits(shard, place, index):
+            return index
     with _opened(shard) as file:
         index = index_of(file, size, shard)
     for place in places:
@@ -239,8 +238,10 @@ def _index(shard: str) -> ShardIndex:
     return index
 
 
-def _fits(shard: str, index: ShardIndex) -> bool:
-    """Whether an index is of this shard and not of one that it replaced, as its first, middle and last header tell."""
+def _fits(shard: str, place: Path, index: ShardIndex) -> bool:
+    """Whether an index is of this shard and not of one that it replaced, as time and some of the headers tell."""
+    if not _is_url(shard) and place.stat().st_mtime_ns < Path(shard).stat().st_mtime_ns:
+        return False
     count = len(index.names)
     entries = [index.entry(number) for number in sorted({0, count // 2, count - 1}) if count]
     return all(zlib.crc32(_read(shard, entry.offset - BLOCK, BLOCK)) == entry.header for entry in entries)
@@ -283,7 +284,7 @@ def _size(shard: str) -> int:
 
 
 @contextlib.contextmanager
-def _opened(shard: str) -> Iterator[BinaryIO]:
+def _opened(shard: str) -> Iterator[Any]:
     with _told(shard), contextlib.ExitStack() as stack:
         if _is_url(shard):
             files, path = _file_system(shard)

@@ -12,7 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PureWindowsPath
-from typing import Any, BinaryIO, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ NO_LABEL = -1
 COLUMNS = ("offsets", "sizes", "headers", "labels", "name_ends")
 
 Label = int | str | None
+File = Any
+"""A binary file that can seek; those of fsspec have no type in common with Python's."""
 
 
 class Texts(Sequence[str]):
@@ -107,7 +109,7 @@ class ShardIndex:
         return Entry(offset=int(self.offsets[number]), size=int(self.sizes[number]), header=int(self.headers[number]))
 
 
-def index_of(file: BinaryIO, shard_bytes: int, title: str) -> ShardIndex:
+def index_of(file: File, shard_bytes: int, title: str) -> ShardIndex:
     """Look at every header of a tar archive.
 
     Args:
@@ -151,8 +153,8 @@ def write_index(path: Path, index: ShardIndex) -> None:
     for name, each in texts.items():
         columns[f"{name}_ends"] = torch.from_numpy(each.ends)
         columns[f"{name}_block"] = torch.frombuffer(bytearray(each.block or b"\0"), dtype=torch.uint8)
-    header = {"format": FORMAT, "shard_bytes": str(index.shard_bytes)}
-    write_tensors(path, columns, {**header, "passed_over": json.dumps(index.passed_over)})
+    header = {"shard_bytes": index.shard_bytes, "passed_over": index.passed_over}
+    write_tensors(path, columns, {FORMAT: json.dumps(header)})  # one entry: safetensors keeps no order of several
 
 
 def read_index(path: Path, shard_bytes: int) -> ShardIndex | None:
@@ -166,12 +168,13 @@ def read_index(path: Path, shard_bytes: int) -> ShardIndex | None:
         The index; None if it has to be made anew.
     """
     try:
-        tensors, header = read_tensors(path)
+        tensors, metadata = read_tensors(path)
         columns = {name: tensors[name].numpy() for name in (*COLUMNS, "name_block", "text_ends", "text_block")}
-        passed_over = {str(name): int(count) for name, count in json.loads(header["passed_over"]).items()}
+        header = json.loads(metadata[FORMAT])
+        passed_over = {str(name): int(count) for name, count in header["passed_over"].items()}
     except (InputError, KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return None
-    if header.get("format") != FORMAT or header.get("shard_bytes") != str(shard_bytes):
+    if header.get("shard_bytes") != shard_bytes:
         return None
     blocks = {name: columns.pop(f"{name}_block") for name in ("name", "text")}
     if any(each.dtype != np.uint8 or each.ndim != 1 for each in blocks.values()):
@@ -200,7 +203,7 @@ def _is_sound(index: ShardIndex) -> bool:
     return bool(inside.all())
 
 
-def _members(file: BinaryIO, shard_bytes: int, title: str) -> Iterator[tarfile.TarInfo]:
+def _members(file: File, shard_bytes: int, title: str) -> Iterator[tarfile.TarInfo]:
     """Yield the members of an archive; unlike tarfile, raise where it breaks off instead of calling that the end."""
     damaged = f"{title}: is a damaged tar archive or cut short"
     try:
@@ -215,7 +218,7 @@ def _members(file: BinaryIO, shard_bytes: int, title: str) -> Iterator[tarfile.T
                 archive.members.clear()  # which tarfile keeps all of otherwise
                 if len(archive.pax_headers) > MAX_NAME_BYTES or member.size < 0:
                     raise tarfile.ReadError("headers that no writer makes")
-                if member.isreg() and member.offset_data + member.size > shard_bytes:
+                if member.isreg() and not member.issparse() and member.offset_data + member.size > shard_bytes:
                     raise tarfile.ReadError("unexpected end of data")
                 yield member
             else:
@@ -231,7 +234,7 @@ def _members(file: BinaryIO, shard_bytes: int, title: str) -> Iterator[tarfile.T
         raise InputError(f"{damaged} (no end after byte {end:,}); fetch or pack it again")
 
 
-def _reason(file: BinaryIO, error: Exception) -> str:
+def _reason(file: File, error: Exception) -> str:
     start = _at(file, 0, 6)
     if start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start == b"\xfd7zXZ\0" or start[:4] == b"\x28\xb5\x2f\xfd":
         return "it is compressed, expected a plain .tar"
@@ -241,7 +244,7 @@ def _reason(file: BinaryIO, error: Exception) -> str:
 class _Bounded:
     """A file that tarfile may not read much of at once: an extended header may claim any size."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: File) -> None:
         self.seek, self.tell, self._file = file.seek, file.tell, file
 
     def read(self, size: int) -> bytes:
@@ -251,7 +254,7 @@ class _Bounded:
         return self._file.read(size)
 
 
-def _at(file: BinaryIO, offset: int, size: int) -> bytes:
+def _at(file: File, offset: int, size: int) -> bytes:
     file.seek(offset)
     return file.read(size)
 
@@ -278,7 +281,7 @@ def _is_key(name: str) -> bool:
     return inside and "\0" not in name and not PureWindowsPath(name).anchor and ".." not in PureWindowsPath(name).parts
 
 
-def _label(file: BinaryIO, member: tarfile.TarInfo, kind: str) -> Label:
+def _label(file: File, member: tarfile.TarInfo, kind: str) -> Label:
     """Return the number or the name of a class that a small member gives, None if it gives none."""
     if member.size > MAX_LABEL_BYTES:
         return None

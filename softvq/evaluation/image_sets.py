@@ -132,9 +132,10 @@ class ImageSet:
             image = center_crop(whole, self.size[0])
         pixels = np.ascontiguousarray(image)
         if pixels.shape[:2] != self.size:
+            name = self.source if isinstance(item, np.ndarray) else item
             raise InputError(
-                f"{self.source if isinstance(item, np.ndarray) else item}: is {_by(pixels.shape)} (height x width), expected "
-                f"{_by(self.size)} like the first of {self.source}; give images of one size, or --crop with --size N"
+                f"{name}: is {_by(pixels.shape)} (height x width), expected {_by(self.size)} like the first of "
+                f"{self.source}; give images of one size, or --crop with --size N"
             )
         return _Digested(pixels, _digest(pixels))
 

@@ -29,6 +29,7 @@ from softvq.training import checkpoint as checkpoints
 from softvq.training import distributed, run_folder
 from softvq.training.generator_recipe import GeneratorRunConfig
 from softvq.training.generator_task import GeneratorTask
+from softvq.training.prefetch import on_device
 from softvq.training.tracking import run_status
 from softvq.training.trainer import Trainer
 
@@ -124,7 +125,7 @@ def tokenizer_of(config: GeneratorRunConfig) -> tuple[str, ImageTokenizer]:
 
 def _train(config: GeneratorRunConfig, run: Path, resume: bool, console: Console) -> Path:
     device = distributed.choose_device(config.train.device)
-    source = _source(config, device)
+    source = _source(config, device, console)
     main = is_main()
     if main:
         where = config.latents or str(config.data.path)
@@ -144,7 +145,7 @@ def _train(config: GeneratorRunConfig, run: Path, resume: bool, console: Console
     return run / "generator"
 
 
-def _source(config: GeneratorRunConfig, device: torch.device) -> _Source:
+def _source(config: GeneratorRunConfig, device: torch.device, console: Console) -> _Source:
     size, seed = config.train.batch_size, config.seed
     if config.latents is not None:
         cache = read_cache(config.latents)
@@ -160,10 +161,13 @@ def _source(config: GeneratorRunConfig, device: torch.device) -> _Source:
         name, tokenizer = tokenizer_of(config)
         assert config.data.path is not None
         folder = PhotoFolder(config.data.path, tokenizer.config.image_size, config.data, seed)
+        for sentence in folder.source.remarks:
+            run_folder.say(console, f"warning: {sentence}")
         data = {"images": len(folder), "fingerprint": folder.fingerprint}
 
         def stream(start: int, count: int) -> Iterator[Any]:
-            return batches(folder, size, start, count, config.data.num_workers, rank(), world_size())
+            loaded = batches(folder, size, start, count, config.data.num_workers, rank(), world_size())
+            return on_device(loaded, device)
 
         classes, labels = tuple(folder.classes), folder.labels
     _check_classes(config, classes, labels)

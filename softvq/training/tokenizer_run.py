@@ -24,6 +24,7 @@ from softvq.ranks import is_main, rank, world_size
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.training import checkpoint as checkpoints
 from softvq.training import distributed, run_folder
+from softvq.training.prefetch import on_device
 from softvq.training.tokenizer_recipe import TokenizerRunConfig, build_task, idle_settings
 from softvq.training.tokenizer_task import TokenizerTask
 from softvq.training.tracking import run_status
@@ -66,6 +67,8 @@ def train_tokenizer(
 def _train(config: TokenizerRunConfig, run: Path, resume: bool, console: Console) -> Path:
     assert config.data.path is not None
     folder = PhotoFolder(config.data.path, config.model.image_size, config.data, config.seed)
+    for sentence in folder.source.remarks:
+        run_folder.say(console, f"warning: {sentence}")
     main = is_main()
     data = {"images": len(folder), "fingerprint": folder.fingerprint}
     if main:
@@ -82,7 +85,7 @@ def _train(config: TokenizerRunConfig, run: Path, resume: bool, console: Console
 
     def stream(start: int, count: int) -> Iterator[Batch]:
         size, workers = config.train.batch_size, config.data.num_workers
-        return batches(folder, size, start, count, workers, rank(), world_size())
+        return on_device(batches(folder, size, start, count, workers, rank(), world_size()), trainer.device)
 
     with run_status(run, lambda: trainer.step, trainer.warn) if main else contextlib.nullcontext():
         trainer.fit(stream)
