@@ -44,10 +44,10 @@ def _ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Sent:
     batch: Any
-    copied: torch.cuda.Event
+    copied: Any
 
 
-def _sent(batches: Iterator[Any], device: torch.device, stream: torch.cuda.Stream) -> _Sent | Exception | None:
+def _sent(batches: Iterator[Any], device: torch.device, stream: Any) -> _Sent | Exception | None:
     """Begin to copy the next batch; return its error instead, for when its turn comes, or None after the last."""
     try:
         batch = next(batches, None)
