@@ -56,27 +56,42 @@ def measure(arguments: argparse.Namespace, temporary: Path) -> None:
     where = {"folder": photos, "shards": temporary / "shards"}
     opening: dict[str, list[float]] = {name: [] for name in where}
     reading: dict[str, list[float]] = {name: [] for name in where}
+    computing: dict[str, list[float]] = {name: [] for name in where}
     for _ in range(arguments.rounds):
         for name, root in where.items():
-            forget(root) if arguments.cold else None
+            if arguments.cold:
+                forget(root)
             config = DataConfig(num_workers=arguments.workers, cache_megabytes=0)
             start = time.perf_counter()
             source = PhotoFolder(root, arguments.size, config, seed=len(opening[name]))
             opening[name].append(time.perf_counter() - start)
+            before = cpu_seconds()
             stream = batches(source, arguments.batch, 0, arguments.steps + 2, arguments.workers)
             for _ in range(2):  # in which workers start
                 next(stream)
             start = time.perf_counter()
             count = sum(len(batch.labels) for batch in stream)
             reading[name].append(count / (time.perf_counter() - start))
+            del stream  # ends the workers, whose time counts from then on
+            computing[name].append((cpu_seconds() - before) / (arguments.batch * (arguments.steps + 2)))
     kept = "from the disk" if arguments.cold else "from the system's cache"
+    load = os.getloadavg()[0]
     print(f"{machine_name(torch.device('cpu'))}, {os.cpu_count()} cores, {arguments.workers} workers, {kept}")
-    print("| source | images/s, median of rounds | lowest to highest | seconds to open |")
-    print("| --- | --- | --- | --- |")
+    print(f"load average at the end: {load:.1f}")
+    print("| source | images/s, median of rounds | lowest to highest | CPU ms an image, median | lowest | s to open |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for name in where:
         speeds = reading[name]
         spread = f"{min(speeds):,.0f} to {max(speeds):,.0f}"
-        print(f"| {name} | {statistics.median(speeds):,.0f} | {spread} | {statistics.median(opening[name]):.3f} |")
+        cpu = f"{1e3 * statistics.median(computing[name]):.2f} | {1e3 * min(computing[name]):.2f}"
+        print(
+            f"| {name} | {statistics.median(speeds):,.0f} | {spread} | {cpu} | {statistics.median(opening[name]):.3f} |"
+        )
+
+
+def cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def measure_index(temporary: Path, count: int) -> None:

@@ -22,6 +22,7 @@ PACKAGES = ("torch", "torchvision", "timm", "safetensors", "huggingface_hub", "p
 EXTRAS = (
     ("stlpips_pytorch", "train", "the weights of the perceptual loss"),
     ("tensorboard", "train", "TensorBoard logs"),
+    ("datasets", "data", "Hugging Face data sets"),
 )
 """Module, the extra of `pip install softvq[...]` it comes with, and what it gives."""
 
