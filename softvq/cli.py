@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from softvq import __version__
+from softvq.arguments.codec import add_codec
 from softvq.arguments.data import add_data
 from softvq.arguments.evaluation import add_evaluate
 from softvq.arguments.images import add_images, add_tokenizers
@@ -129,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
     add_images(commands)
     add_data(commands)
+    add_codec(commands)
     add_cache(commands)
     add_train(commands)
     add_sample(commands)
