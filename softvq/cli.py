@@ -15,6 +15,7 @@ from softvq import __version__
 from softvq.arguments.codec import add_codec
 from softvq.arguments.data import add_data
 from softvq.arguments.evaluation import add_evaluate
+from softvq.arguments.export import add_export
 from softvq.arguments.images import add_images, add_tokenizers
 from softvq.arguments.others import add_others
 from softvq.arguments.sampling import add_sample
@@ -136,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     add_sample(commands)
     add_evaluate(commands)
     add_tokenizers(commands)
+    add_export(commands)
     add_bench(commands)
     add_others(commands)
     return parser

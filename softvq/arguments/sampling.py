@@ -2,9 +2,10 @@
 
 from softvq.arguments.shared import Commands, add_command, positive
 
-__all__ = ["add_sample"]
+__all__ = ["SAMPLERS", "add_sample"]
 
 SAMPLERS = ("euler", "heun", "ab2", "euler_maruyama", "dpm++", "dpm++_sde", "ddpm", "ddim")
+"""By their names in recipes."""
 
 
 def add_sample(commands: Commands) -> None:

@@ -46,7 +46,7 @@ class Condition(nn.Module):
         """
         if self.kind == "class":
             return self.table(torch.where(null, self.num_classes, condition))
-        nothing = self.null.expand(len(condition), -1)
+        nothing = self.null.expand(condition.shape[0], -1)
         if self.kind == "none":
             return nothing
         return torch.where(null[:, None], nothing, self.projection(condition.to(self.projection.weight.dtype)))

@@ -18,6 +18,7 @@ from softvq.generators.diffusion import Diffusion, DiffusionConfig
 from softvq.generators.flow import Flow
 from softvq.generators.guidance import Guidance, Network, guided
 from softvq.generators.mar import MAR, MARConfig
+from softvq.generators.process import Draw
 from softvq.generators.recipe import SamplingRecipe, resolved
 from softvq.generators.sampling import SAMPLERS, check_sampler, times_for
 from softvq.generators.transformer import LatentTransformer
@@ -152,17 +153,16 @@ class LatentGenerator(nn.Module):
             InputError: If the generator cannot be sampled so.
         """
         recipe = self.checked(recipe, guide)
-        times = times_for(recipe.sampler, self.process, self._solver_steps(recipe), recipe.shift)
-        sampler, guidance, temperature = SAMPLERS[recipe.sampler], recipe.guidance, recipe.temperature
+        temperature = recipe.temperature
         if isinstance(self.network, MAR):
             return unmasking.sample(
                 self.network,
                 condition,
                 keys,
                 steps=recipe.steps,
-                sampler=sampler,
-                times=times,
-                guidance=guidance,
+                sampler=SAMPLERS[recipe.sampler],
+                times=times_for(recipe.sampler, self.process, recipe.head_steps, recipe.shift),
+                guidance=recipe.guidance,
                 temperature=temperature,
             )
         shape = (self.config.num_tokens, self.config.latent_dim)
@@ -170,10 +170,34 @@ class LatentGenerator(nn.Module):
         def draw(step: int) -> Tensor:
             return temperature * normal(fold_in(keys, SOLVER + 1 + step), *shape)
 
+        return self.solve(condition, temperature * normal(fold_in(keys, SOLVER), *shape), recipe, draw, guide=guide)
+
+    def solve(
+        self,
+        condition: Shaped[Tensor, "batch *conditiondim"],
+        noise: Float[Tensor, "batch token dim"],
+        recipe: SamplingRecipe,
+        draw: Draw,
+        *,
+        guide: "LatentGenerator | None" = None,
+    ) -> Float[Tensor, "batch token dim"]:
+        """Follow the sampler from noise that is given; `sample` draws it.
+
+        Args:
+            condition: As for `sample`.
+            noise: Its deviation is the recipe's temperature.
+            recipe: As `checked` returns it; not of MAR.
+            draw: Noise of each step, of the same deviation, for samplers that add some.
+            guide: As for `sample`.
+
+        Returns:
+            Normalised latents in float32.
+        """
+        times = times_for(recipe.sampler, self.process, recipe.steps, recipe.shift)
         predict = guided(
-            self._bound(condition), self.process, guidance, None if guide is None else guide._bound(condition)
+            self._bound(condition), self.process, recipe.guidance, None if guide is None else guide._bound(condition)
         )
-        return sampler(predict, temperature * normal(fold_in(keys, SOLVER), *shape), times, self.process, draw)
+        return SAMPLERS[recipe.sampler](predict, noise, times, self.process, draw)
 
     def checked(self, recipe: SamplingRecipe | None = None, guide: "LatentGenerator | None" = None) -> SamplingRecipe:
         """Return a recipe as `sample` carries it out.
@@ -271,13 +295,10 @@ class LatentGenerator(nn.Module):
         """Return the network with the conditions in it, for as many copies of the batch as the solver wants."""
 
         def network(noisy: Tensor, time: Tensor, null: Tensor) -> Tensor:
-            copies = (len(noisy) // len(condition), *(1 for _ in condition.shape[1:]))
-            return self.network(noisy, self.process.network_time(time), condition.repeat(copies), null)
+            copies = int(noisy.shape[0] // condition.shape[0])  # a number, also where a program is traced
+            return self.network(noisy, self.process.network_time(time), torch.cat([condition] * copies), null)
 
         return network
-
-    def _solver_steps(self, recipe: SamplingRecipe) -> int:
-        return recipe.head_steps if isinstance(self.network, MAR) else recipe.steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

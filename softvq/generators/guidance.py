@@ -87,7 +87,7 @@ def guided(network: Network, process: Process, guidance: Guidance, guide: Networ
 
 
 def _output(network: Network, guide: Network | None, noisy: Tensor, time: float, scale: float) -> Tensor:
-    batch, device = len(noisy), noisy.device
+    batch, device = noisy.shape[0], noisy.device
     times = torch.full((2 * batch,), time, dtype=in_full(noisy[:0]).dtype, device=device)
     given = torch.zeros(batch, dtype=torch.bool, device=device)
     if scale == 1:
@@ -95,8 +95,8 @@ def _output(network: Network, guide: Network | None, noisy: Tensor, time: float,
     if scale == 0:
         return network(noisy, times[:batch], ~given) if guide is None else guide(noisy, times[:batch], given)
     if guide is None:
-        both = network(torch.cat([noisy, noisy]), times, torch.cat([given, ~given]))
-        high, low = in_full(both).chunk(2)
+        both = in_full(network(torch.cat([noisy, noisy]), times, torch.cat([given, ~given])))
+        high, low = both[:batch], both[batch:]
     else:
         high, low = (in_full(one(noisy, times[:batch], given)) for one in (network, guide))
     dim = noisy.shape[-1]

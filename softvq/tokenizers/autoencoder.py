@@ -349,7 +349,7 @@ class ImageTokenizer(nn.Module):
             raise InputError(f"latents are {list(latents.shape)}, expected {expected}")
 
     def _check_images(self, images: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] == 0:
             raise InputError(
                 f"images are {list(images.shape)}, expected [batch, 3, height, width]; [None] adds the batch"
             )

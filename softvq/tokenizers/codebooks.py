@@ -53,17 +53,17 @@ class CodebookQuantizer(nn.Module):
     def encode(self, latents_pre: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch token dim"]:
         """Return the latents to use: the posterior's mean over the codewords of every token's codebook."""
         with float32(latents_pre):
-            return ungroup(self._posterior(self._logits(latents_pre)) @ self._codewords(), len(latents_pre))
+            return ungroup(self._posterior(self._logits(latents_pre)) @ self._codewords(), latents_pre.shape[0])
 
     def posterior(self, latents_pre: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch token code"]:
         """Return `q(c_k | z)` of every token over the codewords of its own codebook; rows sum to 1."""
         with float32(latents_pre):
-            return ungroup(self._posterior(self._logits(latents_pre)), len(latents_pre))
+            return ungroup(self._posterior(self._logits(latents_pre)), latents_pre.shape[0])
 
     def indices(self, latents_pre: Float[Tensor, "batch token dim"]) -> Int[Tensor, "batch token"]:
         """Return the likeliest codeword of every token, an index into its own codebook."""
         with torch.no_grad(), float32(latents_pre):
-            return ungroup(self._logits(latents_pre).argmax(dim=-1, keepdim=True), len(latents_pre))[..., 0]
+            return ungroup(self._logits(latents_pre).argmax(dim=-1, keepdim=True), latents_pre.shape[0])[..., 0]
 
     def lookup(self, indices: Int[Tensor, "batch token"]) -> Float[Tensor, "batch token dim"]:
         """Return the codewords that `indices` name, each in its own token's codebook."""
@@ -91,7 +91,7 @@ class CodebookQuantizer(nn.Module):
             logits = self._logits(latents_pre)
             top = logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]  # of equals the first, as argmax
             weights = self._posterior(logits).gather(-1, top)
-            return ungroup(top, len(latents_pre)), ungroup(weights, len(latents_pre))
+            return ungroup(top, latents_pre.shape[0]), ungroup(weights, len(latents_pre))
 
     def averages(self, latents_pre: Float[Tensor, "batch token dim"]) -> dict[str, Tensor]:
         """Return `posterior_averages` over these tokens, for each of the codebooks."""
@@ -219,7 +219,7 @@ def keys_or_fresh(keys: Int64[Tensor, " batch"] | None, latents_pre: Tensor) -> 
     """Return `keys` or, if there are none, new ones from torch's global generator of the latents' device."""
     if keys is not None:
         return keys
-    return torch.randint(1 << 62, (len(latents_pre),), device=latents_pre.device)
+    return torch.randint(1 << 62, (latents_pre.shape[0],), device=latents_pre.device)
 
 
 def group(latents: Tensor, num_codebooks: int) -> Tensor:

@@ -131,7 +131,7 @@ class GMMVQ(CodebookQuantizer):
         """Return the bound on each token's divergence from the prior, in nats, 0 or more."""
         with float32(latents_pre):
             log_posterior = self._logits(latents_pre).log_softmax(dim=-1)
-            return ungroup(self._divergence(log_posterior)[..., None], len(latents_pre))[..., 0]
+            return ungroup(self._divergence(log_posterior)[..., None], latents_pre.shape[0])[..., 0]
 
     def _train(
         self, latents_pre: Tensor, softening: Tensor | float
@@ -142,7 +142,7 @@ class GMMVQ(CodebookQuantizer):
             offsets, distances = self._components(latents_pre, codewords)
             logits = (offsets - self._grouped_precisions(latents_pre) * distances) / softening
             log_posterior = logits.log_softmax(dim=-1).clamp(min=-80)  # exponentials below are denormal
-            latents = ungroup(log_posterior.exp() @ codewords, len(latents_pre))
+            latents = ungroup(log_posterior.exp() @ codewords, latents_pre.shape[0])
             bound = self._divergence(log_posterior).mean()
             if config.entropy_weight == 0:
                 return latents, bound, None

@@ -125,7 +125,7 @@ class Gumbel(CodebookQuantizer):
             if config.hard:
                 one_hot = torch.zeros_like(draws).scatter_(-1, noisy.argmax(dim=-1, keepdim=True), 1.0)
                 draws = one_hot + (draws - draws.detach())
-            latents = ungroup(draws @ codewords, len(latents_pre))
+            latents = ungroup(draws @ codewords, latents_pre.shape[0])
             if config.entropy_weight == 0:
                 return latents, None
             pooled = not config.entropy_per_codebook

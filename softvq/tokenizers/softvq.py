@@ -105,7 +105,7 @@ class SoftVQ(CodebookQuantizer):
             queries, codewords = group(unit(latents_pre), self.num_codebooks), self._codewords()
             scale = 1 / self.config.temperature
             mixtures = F.scaled_dot_product_attention(queries[None], codewords[None], codewords[None], scale=scale)
-            return ungroup(mixtures[0], len(latents_pre))
+            return ungroup(mixtures[0], latents_pre.shape[0])
 
     def _train(self, latents_pre: Tensor, softening: Tensor | float) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         config = self.config
@@ -113,7 +113,7 @@ class SoftVQ(CodebookQuantizer):
             codewords = self._codewords()
             similarities = self._similarities(latents_pre, codewords)
             posterior = (similarities / (config.temperature * softening)).softmax(dim=-1)
-            latents = ungroup(posterior @ codewords, len(latents_pre))
+            latents = ungroup(posterior @ codewords, latents_pre.shape[0])
             if config.entropy_weight == 0:
                 return latents, None
             pooled = not config.entropy_per_codebook

@@ -167,7 +167,7 @@ class ViTDecoder(nn.Module):
         positions = _positions(self.pos_embed, self.grid, grid)
         image_tokens = torch.cat([self.cls_token, self.mask_token.expand(-1, rows * columns, -1)], dim=1) + positions
         latent_tokens = latent_tokens + self.latent_pos_embed[:, : latent_tokens.shape[1]]
-        image_tokens = image_tokens.to(latent_tokens.dtype).expand(len(latent_tokens), -1, -1)
+        image_tokens = image_tokens.to(latent_tokens.dtype).expand(latent_tokens.shape[0], -1, -1)
         tokens = self.blocks(torch.cat([image_tokens, latent_tokens], dim=1))
         return self.norm(tokens[:, 1 : 1 + rows * columns])
 
