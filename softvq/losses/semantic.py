@@ -69,11 +69,14 @@ class SemanticDistance(nn.Module):
     def forward(
         self, images: Float[Tensor, "batch 3 height width"], targets: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch"]:
-        """Return a number from 0, alike, to 2 for each pair.
+        """Compare pictures.
 
         Args:
             images: RGB, in [-1, 1] or a little beyond it; gradients flow to them.
             targets: What they should show; no gradient flows to them.
+
+        Returns:
+            A number from 0, alike, to 2 for each pair.
         """
         with torch.no_grad():
             expected = self.backbone(targets)
