@@ -34,7 +34,8 @@ from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.tokenizers.presets import preset
 from softvq.training.generator_task import GeneratorTask
 from softvq.training.optim import OptimConfig
-from softvq.training.trainer import TrainConfig, Trainer
+from softvq.training.train_config import TrainConfig
+from softvq.training.trainer import Trainer
 
 STEPS = 250
 ROWS = (

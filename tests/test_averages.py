@@ -26,7 +26,8 @@ from softvq.training.averages import (
 )
 from softvq.training.optim import OptimConfig
 from softvq.training.task import Task
-from softvq.training.trainer import TrainConfig, Trainer
+from softvq.training.train_config import TrainConfig
+from softvq.training.trainer import Trainer
 from tests.program import contents
 
 LENGTHS = (0.05, 0.1)

@@ -13,7 +13,8 @@ from softvq.generators.presets import generator_preset
 from softvq.training.generator_task import GeneratorTask
 from softvq.training.optim import OptimConfig
 from softvq.training.tokenizer_recipe import build_task
-from softvq.training.trainer import TrainConfig, Trainer
+from softvq.training.train_config import TrainConfig
+from softvq.training.trainer import Trainer
 from tests import family
 
 

@@ -22,7 +22,8 @@ from softvq.training.checkpoint import latest
 from softvq.training.optim import OptimConfig
 from softvq.training.task import Task, split
 from softvq.training.tracking import read_log
-from softvq.training.trainer import TrainConfig, Trainer
+from softvq.training.train_config import TrainConfig
+from softvq.training.trainer import Trainer
 
 BATCH = 8
 

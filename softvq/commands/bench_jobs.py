@@ -29,7 +29,7 @@ from softvq.tokenizers.presets import preset
 from softvq.tokenizers.vit import ViTConfig
 from softvq.training.compilation import compile_regions
 from softvq.training.rehearsal import Phase, rehearse, rehearse_generator
-from softvq.training.trainer import TrainConfig
+from softvq.training.train_config import TrainConfig
 
 __all__ = ["Row", "bench_generator_training", "bench_sampling", "bench_tokenizer", "bench_tokenizer_training"]
 

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from softvq.errors import InputError
 from softvq.files import read_tensors, write_tensors
+from softvq.ranks import is_main
+from softvq.training import sharding
 from softvq.training.optim import copy_named
 
 __all__ = [
@@ -140,7 +142,8 @@ class Ema:
 
     def __init__(self, module: nn.Module, decay: float | Callable[[int], float]) -> None:
         self.decay_at = decay if callable(decay) else functools.partial(ema_decay_at, decay)
-        self.parameters: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._whole: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.parameters = {name: sharding.local(p) for name, p in self._whole.items()}
         self.averages = {name: p.detach().float().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
@@ -165,12 +168,12 @@ class Ema:
             copy_named(self.parameters, own, "module")
 
     def state(self) -> dict[str, Tensor]:
-        """Return the averages by parameter name."""
-        return dict(self.averages)
+        """Return the averages by parameter name, spread over the ranks as the parameters are."""
+        return {name: sharding.as_spread(value, self._whole[name]) for name, value in self.averages.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state` returned."""
-        copy_named(self.averages, tensors, "average")
+        copy_named(self.state(), tensors, "average")
 
 
 class Averages:
@@ -233,14 +236,15 @@ class Averages:
         """Keep the power-function averages, if there are any, as `averages/step-00000100.safetensors` of a run, say.
 
         Args:
-            run: Folder of the run, whose lock the caller holds.
+            run: Folder of the run, whose lock the caller holds. Its first rank writes, what all that have parts send.
             step: Finished updates.
 
         Raises:
             RunError: If the file cannot be written.
         """
-        if self.power:
-            save_snapshot(run, step, {length: average.averages for length, average in self.power.items()})
+        kept = {length: sharding.gathered(average.state()) for length, average in self.power.items()}
+        if kept and is_main():
+            save_snapshot(run, step, kept)
 
 
 def save_snapshot(run: Path, step: int, averages: Mapping[float, Mapping[str, Tensor]]) -> None:

@@ -3,19 +3,16 @@
 from typing import Any
 
 import torch
-from timm.models.eva import EvaBlock
-from timm.models.vision_transformer import Block
 from torch import nn
 
 from softvq.backbones import FrozenBackbone
-from softvq.generators.heads import HeadBlock
-from softvq.generators.transformer import ModulatedBlock
 from softvq.losses.discriminators import TokenHead
+from softvq.training import blocks
 from softvq.training.adversary import Adversary
 
 __all__ = ["compile_regions"]
 
-REGIONS = (Block, EvaBlock, HeadBlock, ModulatedBlock, TokenHead)
+REGIONS = (*blocks.KINDS, TokenHead)
 VARIANTS = 64
 """Ways in which one region may be called: widths, batches, with and without gradients, weights that are constants."""
 

@@ -11,7 +11,7 @@ from softvq.generators.config import GeneratorConfig
 from softvq.generators.presets import generator_preset
 from softvq.generators.recipe import SamplingRecipe, resolved
 from softvq.training.optim import OptimConfig
-from softvq.training.trainer import TrainConfig
+from softvq.training.train_config import TrainConfig
 
 __all__ = ["GeneratorRunConfig", "expand_generator"]
 

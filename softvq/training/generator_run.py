@@ -139,7 +139,7 @@ def _train(config: GeneratorRunConfig, run: Path, resume: bool, console: Console
     run_folder.restore(trainer, saved, resume=resume)
     with run_status(run, lambda: trainer.step, trainer.warn) if main else contextlib.nullcontext():
         trainer.fit(source.stream)
-        if main:
+        if main or trainer.sharded:
             _export(trainer, source, run / "generator")
         distributed.wait_for_all()
     return run / "generator"
@@ -227,6 +227,8 @@ def _export(trainer: Trainer, source: _Source, folder: Path) -> None:
     assert isinstance(trainer.task, GeneratorTask)
     generator = trainer.task.generator
     with trainer.averaged():
+        if not is_main():
+            return
         if Path(source.name).is_dir():
             GenerationPipeline(generator, source.tokenizer).save_pretrained(folder)
         else:

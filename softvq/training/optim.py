@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from softvq.errors import InputError, RunError
+from softvq.training import sharding
+from softvq.training.sharded_muon import ShardedMuon
 
 __all__ = ["OptimConfig", "Optimizer", "copy_named", "learning_rate", "parameter_groups"]
 
@@ -109,22 +111,28 @@ class Optimizer:
         self.steps = steps
         self.parameters = {**decayed, **rest}
         assert all(p.dtype == torch.float32 for p in self.parameters.values()), "weights and their state are float32"
+        self._sharded = any(map(sharding.is_spread, self.parameters.values()))
+        self._parts = {name: sharding.local_parameter(p) for name, p in self.parameters.items()}
         muon = {name: p for name, p in decayed.items() if config.kind == "muon" and "blocks." in name and p.ndim == 2}
-        by_adamw = [p for name, p in decayed.items() if name not in muon]
+        by_adamw = [self._parts[name] for name in decayed if name not in muon]
         groups = [
             {"params": by_adamw, "weight_decay": config.weight_decay},
-            {"params": list(rest.values()), "weight_decay": 0.0},
+            {"params": [self._parts[name] for name in rest], "weight_decay": 0.0},
         ]
         self.adamw = _SkippableAdamW([group for group in groups if group["params"]], betas=config.betas, fused=True)
-        self.muon = None
-        if muon:
+        self.muon: torch.optim.Muon | ShardedMuon | None = None
+        self.by_muon = {name: self._parts[name] for name in muon}
+        if muon and self._sharded:
+            self.muon = ShardedMuon([(self._parts[name], p) for name, p in muon.items()], config.weight_decay)
+        elif muon:
             decay = config.weight_decay
             self.muon = torch.optim.Muon(muon.values(), weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-        self.by_muon = muon
 
     def clip_gradients(self) -> Float[Tensor, ""]:
         """Scale all gradients so that their norm is at most `grad_clip`, and return the norm they had."""
         limit = math.inf if self.config.grad_clip is None else self.config.grad_clip
+        if self._sharded:
+            return sharding.clip_gradients(self.parameters.values(), self._parts.values(), limit)
         return nn.utils.clip_grad_norm_(self.parameters.values(), limit)
 
     def update(self, step: int, skip: Float[Tensor, ""]) -> None:
@@ -141,20 +149,20 @@ class Optimizer:
         self.adamw.step()
         if self.muon is not None:
             self._update_by_muon(self.muon, lr, skip)
-        for parameter in self.parameters.values():
+        for parameter in (*self.parameters.values(), *self._parts.values()):
             parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Return every tensor of the optimizer's state as `parameter.kind`."""
+        """Return every tensor of the optimizer's state as `parameter.kind`, spread over the ranks as parameters are."""
         return {
-            f"{name}.{kind}": value
-            for name, parameter in self.parameters.items()
-            for kind, value in self._states(name)[parameter].items()
+            f"{name}.{kind}": sharding.as_spread(value, self.parameters[name])
+            for name, part in self._parts.items()
+            for kind, value in self._states(name)[part].items()
         }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state` returned."""
-        for name, parameter in self.parameters.items():
+        for name, parameter in self._parts.items():
             if name in self.by_muon:
                 kinds = {"momentum_buffer": torch.zeros_like(parameter)}
             else:
@@ -170,7 +178,7 @@ class Optimizer:
         return self.muon.state if self.muon is not None and name in self.by_muon else self.adamw.state
 
     @torch.no_grad()
-    def _update_by_muon(self, muon: torch.optim.Muon, lr: float, skip: Tensor) -> None:
+    def _update_by_muon(self, muon: torch.optim.Muon | ShardedMuon, lr: float, skip: Tensor) -> None:
         """Muon cannot be told to skip, so what a skipped update would change is put back, without a host sync."""
         for group in muon.param_groups:
             group["lr"] = lr
@@ -192,7 +200,7 @@ def copy_named(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor], wha
     """Copy tensors into tensors of the same names.
 
     Args:
-        targets: Overwritten in place.
+        targets: Overwritten in place; of one that is spread over the ranks, this rank's part.
         sources: On any device.
         what: What they are, for errors.
 
@@ -204,4 +212,4 @@ def copy_named(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor], wha
     if wrong:
         raise RunError(f"{what} state does not fit this model: {', '.join(wrong[:5])} ({len(wrong)} tensors differ)")
     for name, target in targets.items():
-        target.copy_(sources[name])
+        sharding.copy_into(target, sources[name])

@@ -28,7 +28,7 @@ from softvq.training.tokenizer_recipe import TokenizerRunConfig, build_task, idl
 from softvq.training.tokenizer_task import TokenizerTask, perceptual_weight_at
 from softvq.training.trainer import Trainer
 
-__all__ = ["Phase", "phases", "rehearse", "rehearse_generator"]
+__all__ = ["Phase", "heaviest_step", "phases", "rehearse", "rehearse_generator"]
 
 UNTIMED_UPDATES, TIMED_UPDATES = 4, 4
 STEPS_LOOKED_AT = 64
@@ -105,7 +105,7 @@ def rehearse(config: TokenizerRunConfig, console: Console, warn: Callable[[str],
     batch = _noise(config)
     batch = batch.pin_memory() if device.type == "cuda" else batch
     for phase in phases(config):
-        trainer.step = _heaviest_step(task, phase.first_step)
+        trainer.step = heaviest_step(task, phase.first_step)
         try:
             seconds, memory = _measure(trainer, batch)
         except RunError as error:
@@ -145,7 +145,7 @@ def rehearse_generator(config: GeneratorRunConfig, console: Console) -> Phase:
     return Phase(name=model.process.kind, first_step=0, parameters=parameters, seconds=seconds, memory=memory)
 
 
-def _heaviest_step(task: TokenizerTask, first: int) -> int:
+def heaviest_step(task: TokenizerTask, first: int) -> int:
     """Return a step of the phase that begins at `first`, one that decodes the most tokens where their number varies."""
     steps = [step for step in range(first, first + STEPS_LOOKED_AT) if task.phase(step)[:2] == task.phase(first)[:2]]
     return max(steps, key=lambda step: task.phase(step)[2] or 0)

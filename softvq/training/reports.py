@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from softvq.errors import RunError
+from softvq.training.trackers import Tracker
 from softvq.training.tracking import Display, Pace, RunLog, TensorBoard, Warn
 
 __all__ = ["Reports"]
@@ -27,6 +28,7 @@ class Reports:
         main: Whether this rank is the one that writes files.
         tensorboard: Whether this rank writes for TensorBoard as well.
         warn: Takes a sentence.
+        trackers: Others that the first rank reports to.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Reports:
         main: bool,
         tensorboard: bool,
         warn: Warn,
+        trackers: Sequence[str] = (),
     ) -> None:
         self.run, self.steps, self.batch_size, self.warn = run, steps, batch_size, warn
         self.display = Display(console, step, steps)
@@ -46,6 +49,7 @@ class Reports:
         self._main, self._tensorboard = main, tensorboard
         self._board: TensorBoard | None = None
         self._warned: set[str] = set()
+        self._trackers = [Tracker(name, run, warn) for name in trackers] if main else []
         self.start_at(step)
 
     def start_at(self, step: int) -> None:
@@ -66,6 +70,8 @@ class Reports:
         """Show a bar where there can be one; close everything in the end."""
         with self.display.live(), contextlib.ExitStack() as stack:
             stack.callback(self.close)
+            for tracker in self._trackers:
+                stack.callback(tracker.close)
             yield
 
     def line(self, step: int, values: Mapping[str, float]) -> None:
@@ -81,8 +87,9 @@ class Reports:
         self.display.report(step, values, images_per_sec, seconds_per_step * (self.steps - step))
         if self.log:
             self.log.write(step, values, clock={"time": time.time(), "images_per_sec": images_per_sec})
-        if self._board:
-            self._board.write(step, {**values, "images_per_sec": images_per_sec})
+        for other in (self._board, *self._trackers):
+            if other:
+                other.write(step, {**values, "images_per_sec": images_per_sec})
 
     def note(self, step: int, values: Mapping[str, Any]) -> None:
         """Put something that is no number of a log step into the log."""

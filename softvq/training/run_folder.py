@@ -32,7 +32,8 @@ __all__ = ["FREE_FIELDS", "carry_out", "claim", "info", "register", "restore", "
 FREE_FIELDS = frozenset(
     f"train.{name}"
     for name in (
-        *("device", "log_every", "save_every", "sample_every", "keep", "keep_best", "tensorboard"),
+        *("device", "shard", "activation_checkpointing"),
+        *("log_every", "save_every", "sample_every", "keep", "keep_best", "tensorboard", "trackers"),
         *("guard.action", "guard.max_bad_updates", "guard.max_rollbacks"),
     )
 )

@@ -22,7 +22,7 @@ from softvq.tokenizers.quantizers import innermost
 from softvq.training.adversary import Adversary
 from softvq.training.optim import OptimConfig, copy_named
 from softvq.training.tokenizer_task import LossConfig, TokenizerTask
-from softvq.training.trainer import TrainConfig
+from softvq.training.train_config import TrainConfig
 
 __all__ = ["TokenizerRunConfig", "build_task", "expand_preset", "idle_settings"]
 

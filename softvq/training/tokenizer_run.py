@@ -89,7 +89,7 @@ def _train(config: TokenizerRunConfig, run: Path, resume: bool, console: Console
 
     with run_status(run, lambda: trainer.step, trainer.warn) if main else contextlib.nullcontext():
         trainer.fit(stream)
-        if main:
+        if main or trainer.sharded:
             _export(trainer, config, run / "tokenizer")
         distributed.wait_for_all()
     return run / "tokenizer"
@@ -154,6 +154,8 @@ def _export(trainer: Trainer, config: TokenizerRunConfig, folder: Path) -> None:
     count = min(len(photographs), NUM_STATISTICS_IMAGES)
     size = min(count, config.train.batch_size)
     with trainer.averaged():
+        if not is_main():
+            return
         stream = batches(photographs, size, 0, -(-count // size), config.data.num_workers)
         if not config.decoder_only:  # otherwise the latents, and files of them, stay valid
             tokenizer.fit_statistics(batch.images for batch in stream)

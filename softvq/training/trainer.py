@@ -6,10 +6,9 @@ killed and resumed equals one that never stopped.
 
 import collections
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,76 +20,22 @@ from softvq.errors import InputError, Interrupted, RunError
 from softvq.randomness import manual_seed
 from softvq.ranks import is_main, mean_over_ranks, world_size
 from softvq.training import checkpoint as checkpoints
-from softvq.training import distributed
-from softvq.training.averages import Averages, check_averages
+from softvq.training import distributed, sharding
+from softvq.training.averages import Averages
+from softvq.training.blocks import recompute_activations
 from softvq.training.checkpoint import Checkpoint
-from softvq.training.guard import Guard, GuardConfig
+from softvq.training.guard import Guard
 from softvq.training.memory import enough_memory
 from softvq.training.optim import OptimConfig, Optimizer, copy_named, learning_rate
 from softvq.training.recording import Recorder
 from softvq.training.reports import Reports
 from softvq.training.task import Task, split
+from softvq.training.trackers import check_trackers
+from softvq.training.train_config import TrainConfig
 
-__all__ = ["TrainConfig", "Trainer"]
+__all__ = ["Trainer"]
 
-MAX_BATCH_SIZE = 1 << 20
 BETWEEN = "the optimizer or the transfer of a batch"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """How long to train, on what, and how often to say and save something."""
-
-    batch_size: int = 256
-    """Images of one update, over all devices and micro-batches together."""
-    steps: int = 250_000
-    """Updates of the whole run."""
-    accumulate: int = 1
-    """Micro-batches that one update is split into, to save memory; a divisor of `batch_size`."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the forward pass: bf16 autocast or float32; auto is bf16 on CUDA. Weights and their state stay float32."""
-    ema_decay: float = 0.9999
-    """Decay of the average of the weights, which is what is saved for use."""
-    more_ema_decays: tuple[float, ...] = ()
-    """Decays of further averages, which are kept beside the main one."""
-    ema_lengths: tuple[float, ...] = ()
-    """Relative lengths of power-function averages, e.g. 0.05 and 0.1; every checkpoint leaves them in `averages/`."""
-    device: str = "auto"
-    """`cpu`, `cuda`, `cuda:N`, or `auto`: CUDA where there is one."""
-    compile: bool = False
-    """Compile the networks: minutes at the start, a faster step from then on."""
-    cuda_graph: bool = False
-    """Record what a GPU does in a step and replay it, so that it never waits for the CPU; for one process and
-    `accumulate: 1`. Each phase keeps gradients of its own. On the CPU it does nothing."""
-    log_every: int = 50
-    """Steps between lines of the log."""
-    save_every: int = 1000
-    """Steps between checkpoints; there is always one at the end."""
-    sample_every: int = 1000
-    """Steps between sample grids; 0 makes none."""
-    keep: int = 2
-    """Newest checkpoints that are kept."""
-    keep_best: Literal["loss", "psnr"] | None = None
-    """Also keep the checkpoint with the lowest loss, or the highest PSNR of the samples, in the log; null for none."""
-    tensorboard: bool = False
-    """Write the log for TensorBoard as well."""
-    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
-    """What is done about updates that are not finite, or far too large."""
-
-    def __post_init__(self) -> None:
-        """Refuse values outside their range."""
-        for name in ("batch_size", "steps", "accumulate", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.batch_size > MAX_BATCH_SIZE:
-            raise InputError(f"batch_size is {self.batch_size}, expected at most {MAX_BATCH_SIZE}")
-        if self.sample_every < 0:
-            raise InputError(f"sample_every is {self.sample_every}, expected at least 0")
-        if self.batch_size % self.accumulate:
-            raise InputError(f"accumulate is {self.accumulate}, expected a divisor of batch_size ({self.batch_size})")
-        if self.cuda_graph and self.accumulate > 1:
-            raise InputError(f"cuda_graph is true, which needs accumulate 1; it is {self.accumulate}")
-        check_averages(self.ema_decay, self.more_ema_decays, self.ema_lengths)
 
 
 class Trainer:
@@ -125,9 +70,15 @@ class Trainer:
         if config.batch_size % share:
             size = config.batch_size
             raise InputError(f"batch_size is {size}, expected a multiple of accumulate x processes ({share})")
+        check_trackers(config.trackers)
         self.device = distributed.choose_device(config.device)
         torch.backends.cudnn.benchmark = True  # shapes stay the same, so trying out convolutions pays
         self.task = task.to(self.device)
+        if config.activation_checkpointing:
+            recompute_activations(task.model)
+        self.sharded = config.shard == "fsdp" and world_size() > 1
+        if self.sharded:
+            sharding.shard_task(task, self.device, compute_dtype(config.precision, self.device))
         self.run, self.config, self.optim, self.seed = run, config, optim, seed
         self.console, self.info, self.sample = console, dict(info or {}), sample
         self.step = 0
@@ -147,7 +98,8 @@ class Trainer:
         if config.cuda_graph and self.device.type == "cuda":
             critic = self.critic_optimizer.parameters if self.critic_optimizer else {}
             self._recorder = Recorder(self._differentiate, [*self.optimizer.parameters.values(), *critic.values()])
-        self._parallel = self._distributed(task)
+        self._sampled = distributed.any_rank(sample is not None)
+        self._parallel = task if self.sharded else self._distributed(task)
         self._parallel_critic = None if task.critic is None else self._distributed(task.critic)
 
     def fit(self, batches: Callable[[int, int], Iterator[Any]]) -> None:
@@ -162,7 +114,8 @@ class Trainer:
         """
         self.task.train()
         config, main, board = self.config, is_main(), is_main() and self.config.tensorboard
-        reports = Reports(self.run, self.step, config.steps, config.batch_size, self.console, main, board, self.warn)
+        place = self.run, self.step, config.steps, config.batch_size, self.console
+        reports = Reports(*place, main, board, self.warn, config.trackers)
         with distributed.StopSignals() as stop, reports.live():
             # begun here, so that data workers inherit the handlers and do not die of a signal to the whole group
             stream = self._stream(batches)
@@ -181,8 +134,8 @@ class Trainer:
                 reports.skipped(self.step, getattr(batch, "skipped", ()))
                 if self._due(config.log_every):
                     self._log({**report, **self._health(batch)}, reports)
-                if self.sample and main and self._due(config.sample_every):
-                    self._sample(self.sample, reports)
+                if self._sampled and (main or self.sharded) and self._due(config.sample_every):
+                    self._sample(reports)
                 if self._due(config.save_every):
                     self.save(reports)
             if self.step < config.steps:
@@ -235,6 +188,7 @@ class Trainer:
                 loss, terms, made = self._parallel(part, self.step, scheduled)
             self._phase = "the backward pass of the model"
             (loss / share).backward()
+        sharding.put_away(self.task)
         losses = {"loss": loss.detach()}
         if self._parallel_critic is not None and self.task.critic_counts(self.step):
             self._phase = "the forward pass of the critic"
@@ -286,10 +240,11 @@ class Trainer:
         values["lr"] = learning_rate(self.optim, self.step - 1, self.config.steps)
         reports.line(self.step, values)
 
-    def _sample(self, sample: Callable[[int], dict[str, float]], reports: Reports) -> None:
+    def _sample(self, reports: Reports) -> None:
         try:
             with enough_memory(self.step, lambda: "the samples"), self.averaged(), self.autocast():
-                reports.note(self.step, {"samples": sample(self.step)})
+                if self.sample and is_main():
+                    reports.note(self.step, {"samples": self.sample(self.step)})
         except (InputError, RunError) as error:
             self.warn(str(error))
 
@@ -308,27 +263,31 @@ class Trainer:
             self.check_finite()
         elif self.step < self.config.steps and self.guard.saving_is_wrong:
             return
-        if not is_main() or (self.saved and self.saved.step == self.step):
+        is_saved = self.saved is not None and self.saved.step == self.step
+        if distributed.any_rank(is_saved) if self.sharded else is_saved or not is_main():
             return
         try:
-            if reports:
-                reports.sync(last=self.step == self.config.steps)
+            tensors = self.state()
             if self._due(self.config.save_every):  # so that a run that was stopped keeps those of one that was not
                 self.averages.save_snapshot(self.run, self.step)
-            info = {**self.info, **self.guard.info, **(reports.score(self.config.keep_best) if reports else {})}
-            self.saved = checkpoints.save(self.run, self.step, self.state(), info, self.config.keep, self.guard.every)
+            if reports and is_main():
+                reports.sync(last=self.step == self.config.steps)
+            if is_main():
+                info = {**self.info, **self.guard.info, **(reports.score(self.config.keep_best) if reports else {})}
+                self.saved = checkpoints.save(self.run, self.step, tensors, info, self.config.keep, self.guard.every)
         except RunError as error:
             if self.step == self.config.steps:
                 raise
             self.warn(f"{error}; training goes on and tries again at the next save")
 
     def state(self) -> dict[str, Tensor]:
-        """Return every tensor a run is made of, by name."""
+        """Return every tensor a run is made of, by name; whole, if they are sharded, and on the first rank alone."""
         parts = {"model": self.task.model.state_dict(), "optimizer": self.optimizer.state(), **self.averages.state()}
         if self.task.critic is not None and self.critic_optimizer is not None:
             parts |= {"critic": self.task.critic.state_dict(), "critic_optimizer": self.critic_optimizer.state()}
         parts["guard"] = self.guard.state()
-        return {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
+        named = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
+        return sharding.gathered(named)
 
     def restore(self, saved: Checkpoint) -> dict[str, Any]:
         """Go on from a checkpoint.
@@ -359,8 +318,12 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged(self, name: str | None = None) -> Iterator[None]:
-        """Lend the main average or the one of a name to the model, in evaluation mode and without gradients."""
-        with self.averages.named(name).in_place(), torch.no_grad(), contextlib.ExitStack() as stack:
+        """Lend the main average or the one of a name to the model, in evaluation mode and without gradients.
+
+        Where it is sharded, all ranks enter and leave, and the first one has what it computes with.
+        """
+        lent = self.averages.named(name).in_place(), sharding.whole(self.task), torch.no_grad()
+        with lent[0], lent[1], lent[2], contextlib.ExitStack() as stack:
             stack.callback(self.task.train)
             self.task.eval()
             yield
@@ -395,6 +358,7 @@ class Trainer:
         for part in split(batch, self.config.accumulate, self.device):
             with enough_memory(self.step, lambda: "the health figures"), self.autocast():
                 found = self.task.health(part)
+            sharding.put_away(self.task)
             for name, value in found.items():
                 averages[name] = averages.get(name, 0) + value / self.config.accumulate
         return self.task.figures({name: mean_over_ranks(value) for name, value in averages.items()})
