@@ -1,10 +1,12 @@
-"""Arguments of softvq bench."""
+"""Arguments of softvq bench and softvq estimate."""
 
 import argparse
 
 from softvq.arguments.shared import Commands, add_command, positive
 
-__all__ = ["STANDARD", "add_bench"]
+__all__ = ["DEVICE_NAMES", "STANDARD", "add_bench", "add_estimate"]
+
+DEVICE_NAMES = ("h100", "h200", "a100", "4090")
 
 RANDOM = "loss.alignment.pretrained=false loss.adversarial.discriminator.pretrained=false"
 BOTH = f"loss.perceptual_start=0 loss.perceptual_warmup_steps=0 loss.adversarial.start=0 {RANDOM}"
@@ -75,6 +77,26 @@ def add_bench(commands: Commands) -> None:
     every.set_defaults(standard=STANDARD, parse=lambda line: bench.parse_args(line.split()))
     table = add_command(jobs, "table", "bench:bench_table", "print a Markdown table of files that --out wrote")
     table.add_argument("results", nargs="+", metavar="FILE", help="a JSON file")
+
+
+def add_estimate(commands: Commands) -> None:
+    """Add estimate."""
+    command = add_command(
+        commands, "estimate", "estimate:estimate", "say what a training takes: parameters, FLOPs, memory, hours"
+    )
+    command.add_argument("config", metavar="CONFIG", help="the recipe of a tokenizer or a generator, a YAML file")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="fields of the recipe, e.g. train.steps=9")
+    _add_shape(command)
+    command.add_argument("--classes", type=positive, default=1000, metavar="N", help="(default: 1000)")
+    command.add_argument("--processes", type=positive, default=1, metavar="N", help="that share it (default: 1)")
+    command.add_argument("--device", default="auto", metavar="NAME", help="measured: auto, cpu or cuda (default: auto)")
+    command.add_argument(
+        "--device-name", choices=DEVICE_NAMES, help="a GPU by what its maker publishes, instead of measuring this one"
+    )
+    command.add_argument(
+        "--utilisation", type=float, default=0.3, metavar="SHARE", help="of the peak that is reached (default: 0.3)"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_shape(command: argparse.ArgumentParser) -> None:
