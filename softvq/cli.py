@@ -20,8 +20,8 @@ from softvq.arguments.images import add_images, add_tokenizers
 from softvq.arguments.others import add_others
 from softvq.arguments.sampling import add_sample
 from softvq.arguments.shared import Parser
-from softvq.arguments.speed import add_bench
-from softvq.arguments.training import add_cache, add_train
+from softvq.arguments.speed import add_bench, add_estimate
+from softvq.arguments.training import add_cache, add_compare, add_train
 from softvq.errors import InputError, Interrupted, RunError
 
 __all__ = ["main"]
@@ -134,6 +134,8 @@ def _parser() -> argparse.ArgumentParser:
     add_codec(commands)
     add_cache(commands)
     add_train(commands)
+    add_compare(commands)
+    add_estimate(commands)
     add_sample(commands)
     add_evaluate(commands)
     add_tokenizers(commands)

@@ -4,7 +4,7 @@ import argparse
 
 from softvq.arguments.shared import Commands, add_command, add_machine, add_model, natural, positive
 
-__all__ = ["add_cache", "add_train"]
+__all__ = ["add_cache", "add_compare", "add_train"]
 
 
 def add_cache(commands: Commands) -> None:
@@ -43,6 +43,20 @@ def add_train(commands: Commands) -> None:
     generator.add_argument("--latents", metavar="DIR", help="a cache of latents, made with softvq cache-latents")
     generator.add_argument("--tokenizer", metavar="MODEL", help="the tokenizer (default: the one the cache names)")
     _run(generator)
+
+
+def add_compare(commands: Commands) -> None:
+    """Add compare."""
+    compare = add_command(
+        commands, "compare", "curves:compare_runs", "draw the curves of several runs over one another"
+    )
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="a folder that softvq train wrote")
+    compare.add_argument("--out", default="compare.png", metavar="FILE", help="the picture (default: compare.png)")
+    compare.add_argument("--overwrite", action="store_true", help="replace FILE")
+    compare.add_argument("--keys", nargs="+", metavar="NAME", help="of the log (default: all that every run has)")
+    compare.add_argument(
+        "--smooth", type=positive, default=1, metavar="N", help="average each value with the N - 1 before (default: 1)"
+    )
 
 
 def _run(train: argparse.ArgumentParser) -> None:
