@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,28 +97,30 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         if arguments.only != "speed":
-            for job in ("losses", "losses-2", "losses-4", "losses-last"):
-                launch(job, int(job[-1]) if job[-1].isdigit() else 1, Path(folder), arguments)
+            for jobs in ({"losses": 1, "losses-2": 2}, {"losses-4": 4, "losses-last": 1}):  # what goes on comes second
+                launch(jobs, Path(folder), arguments)
             print_losses(Path(folder), arguments.steps)
         if arguments.only != "losses" and arguments.gpus > 0:
             for count in dict.fromkeys((1, arguments.gpus)):
-                launch(f"speed-{count}", count, Path(folder), arguments)
+                launch({f"speed-{count}": count}, Path(folder), arguments)
             print_speed(Path(folder), arguments.gpus)
 
 
-def launch(job: str, count: int, folder: Path, arguments: argparse.Namespace) -> None:
-    """Start this file in some processes, and go on when they have ended well."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), __file__]
-    command += ["--work", f"{folder}:{job}", "--steps", str(arguments.steps)]
-    command += ["--compile"] if arguments.compile else []
+def launch(jobs: Mapping[str, int], folder: Path, arguments: argparse.Namespace) -> None:
+    """Start this file in so many processes for each job, at once, and go on when all have ended well."""
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    started = time.perf_counter()
     # DDP warns of an option that its next version calls otherwise
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
-    if done.returncode:
-        sys.exit(f"{job}: ended with exit code {done.returncode}")
-    Console(stderr=True).print(f"{job}: {time.perf_counter() - started:.0f} s")
+    started, running = time.perf_counter(), {}
+    for job, count in jobs.items():
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        command += [__file__, "--work", f"{folder}:{job}", "--steps", str(arguments.steps)]
+        command += ["--compile"] if arguments.compile else []
+        running[job] = subprocess.Popen(command, cwd=ROOT, env=environment)
+    codes = {job: process.wait() for job, process in running.items()}
+    if any(codes.values()):
+        sys.exit(f"ended badly: {codes}")
+    Console(stderr=True).print(f"{', '.join(jobs)}: {time.perf_counter() - started:.0f} s")
 
 
 def work(arguments: argparse.Namespace) -> None:

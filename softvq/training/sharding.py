@@ -171,7 +171,8 @@ def clip_gradients(parameters: Iterable[Tensor], parts: Iterable[Tensor], limit:
     for parameter, part in zip(parameters, parts, strict=True):
         if isinstance(parameter, DTensor) and parameter.grad is not None:
             part.grad = local(parameter.grad)
-            spread.append(part)
+            if part.numel() > 0:  # of a matrix of fewer rows than ranks some have nothing
+                spread.append(part)
     norms = [torch.nn.utils.get_total_norm([p.grad for p in some if p.grad is not None]) for some in (spread, kept)]
     squares = norms[0].to(parts[0].device).square()
     dist.all_reduce(squares)
