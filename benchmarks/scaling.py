@@ -64,14 +64,14 @@ TINY = {
         },
         "alignment": {"teacher": "test_vit", "pretrained": False, "hidden": 16, "mode": "avg_1d", "precision": "fp32"},
     },
-    "optim": {"lr": 1e-4},
+    "optim": {"lr": 1e-4, "warmup_steps": 100},
 }  # fmt: skip
 SMALL = {
     "model": {
         "num_tokens": 4, "latent_dim": 8, "num_classes": 3, "process": {"kind": "flow"},
         "network": {"kind": "transformer", "width": 32, "depth": 2, "num_heads": 2},
     },
-    "optim": {"lr": 1e-4},
+    "optim": {"lr": 1e-4, "warmup_steps": 100},
 }  # fmt: skip
 CPU = {"batch_size": 8, "precision": "fp32", "log_every": 1, "sample_every": 0, "device": "cpu", "keep": 9}
 PER_GPU = {"tokenizer": 32, "generator": 256}

@@ -16,7 +16,7 @@ from softvq.losses.perceptual import PerceptualDistance
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.training import rehearsal, tokenizer_recipe
 from softvq.training.adversary import Adversary
-from softvq.training.rehearsal import Phase, _heaviest_step, phases, rehearse
+from softvq.training.rehearsal import Phase, heaviest_step, phases, rehearse
 from softvq.training.tokenizer_recipe import TokenizerRunConfig, build_task
 from softvq.training.tokenizer_task import LossConfig
 from softvq.training.trainer import Trainer
@@ -257,11 +257,11 @@ def test_where_the_number_of_tokens_varies_the_most_is_measured(monkeypatch: pyt
     assert set(counts) == {4}
 
 
-def test_the_heaviest_step_is_of_the_phase_it_stands_for() -> None:
+def test_theheaviest_step_is_of_the_phase_it_stands_for() -> None:
     config = family.recipe(family.SOFT)
     config = dataclasses.replace(config, seed=1, model=dataclasses.replace(config.model, min_latent_tokens=1))
     loss = from_dict(LossConfig, {"perceptual_weight": 0.0, "adversarial": {**PATCHGAN, "start": 2}})
     task = build_task(dataclasses.replace(config, loss=loss), torch.device("cpu"))
-    assert _heaviest_step(task, 0) in {0, 1}
-    assert _heaviest_step(task, 2) >= 2
-    assert task.phase(_heaviest_step(task, 2))[2] == 4
+    assert heaviest_step(task, 0) in {0, 1}
+    assert heaviest_step(task, 2) >= 2
+    assert task.phase(heaviest_step(task, 2))[2] == 4
