@@ -145,7 +145,7 @@ def exhausts(self: Adversary, *_: object) -> tuple[Tensor, dict[str, Tensor]]:
     [
         (fails, "the discriminator is broken"),
         (spoils, "the loss or its gradient is not finite"),
-        (exhausts, "out of memory; raise train.accumulate"),
+        (exhausts, "out of memory in the forward pass of the critic; raise train.accumulate"),
     ],
 )
 def test_a_phase_that_fails_is_named(forward: Any, reason: str, empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
