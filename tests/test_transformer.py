@@ -162,7 +162,7 @@ def test_every_preset_can_be_built(name: str) -> None:
 
 
 def test_a_preset_that_is_not_there() -> None:
-    with pytest.raises(InputError, match=r"no generator 'sit-xxl', expected one of sit-tiny, sit-s, "):
+    with pytest.raises(InputError, match=r"no generator 'sit-xxl', expected one of sit-tiny, sit-xs, "):
         generator_preset("sit-xxl", num_tokens=1, latent_dim=1)
 
 

@@ -14,12 +14,13 @@ __all__ = ["GENERATORS", "generator_preset"]
 
 TRANSFORMERS = {
     "tiny": TransformerConfig(width=128, depth=4, num_heads=4),
+    "xs": TransformerConfig(width=224, depth=6, num_heads=4),
     "s": TransformerConfig(width=384, depth=12, num_heads=6),
     "b": TransformerConfig(width=768, depth=12, num_heads=12),
     "l": TransformerConfig(width=1024, depth=24, num_heads=16),
     "xl": TransformerConfig(width=1152, depth=28, num_heads=16),
 }
-"""arXiv:2212.09748, table 1; `tiny` is ours."""
+"""arXiv:2212.09748, table 1; `tiny` and `xs` are ours."""
 MARS = {
     "tiny": MARConfig(
         width=128, encoder_depth=2, decoder_depth=2, num_heads=4, head_width=128, head_depth=2, condition_tokens=4
