@@ -1,5 +1,6 @@
 """Exported files: they compute what the model does, for any batch, and are not kept where they do not."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
+from torch import Tensor
 
 from softvq.errors import InputError, RunError
 from softvq.export import files
@@ -130,6 +132,27 @@ def test_files_that_compute_something_else_are_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_models_that_give_zeros_are_kept_and_those_that_give_no_numbers_are_not(
+    value: float, tokenizer: ImageTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "run_part", lambda *_: torch.zeros_like)
+    monkeypatch.setattr(files, "_program", lambda *_: None)
+    monkeypatch.setattr(torch.export, "save", lambda _, path: Path(path).write_bytes(b"x"))
+
+    class Constant(torch.nn.Module):
+        def forward(self, latents: Tensor) -> Tensor:
+            return torch.full_like(latents, value)
+
+    part = dataclasses.replace(decoder_part(tokenizer), module=Constant())
+    if value == 0:
+        assert write_part(part, tmp_path / "x.pt2", "torch") == files.Check(largest=0.0, root_mean_square=0.0)
+        return
+    with pytest.raises(RunError, match="the decoder itself gives values that are not finite"):
+        write_part(part, tmp_path / "x.pt2", "torch")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_cannot_be_exported_is_told(
     made: Path, pipeline: GenerationPipeline, tokenizer: ImageTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,3 +207,8 @@ def test_the_command(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     program.refuses("export", "model", "d.pt2", "--format", "onnx", names=("d.pt2", ".onnx"))
     program.refuses("export", "model", "d.bin", names=("d.bin", ".pt2 or .onnx"))
     program.refuses("export", "model", "e.pt2", "--part", "decoder", "--tokens", "9", names=("tokens is 9",))
+    program.refuses("export", "model", "e.pt2", "--tokens", "4", names=("--tokens is for --part decoder, not for enc",))
+    options = ("--part", "decoder", "--latents")
+    program.refuses("export", "model", "e.pt2", *options, names=("--latents is for --part sampler, not for decoder",))
+    Path("f.pt2.json").write_text("mine")
+    program.refuses("export", "model", "f.pt2", names=("f.pt2.json", "already there"))

@@ -33,7 +33,6 @@ def add_export(commands: Commands) -> None:
     export.add_argument(
         "--steps",
         type=positive,
-        default=10,
         metavar="N",
         help="of the sampler, each of which is in the file (default: 10)",
     )

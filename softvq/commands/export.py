@@ -16,6 +16,8 @@ from softvq.tokenizers.autoencoder import ImageTokenizer
 __all__ = ["export"]
 
 SUFFIXES: dict[str, Literal["torch", "onnx"]] = {".pt2": "torch", ".onnx": "onnx"}
+OPTIONS = {"decoder": ("tokens",), "sampler": ("steps", "sampler", "guidance", "latents", "tokenizer")}
+STEPS = 10
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -25,7 +27,8 @@ def export(arguments: argparse.Namespace) -> None:
     if file_format is None or arguments.format not in (None, file_format) or out.is_dir():
         wanted = {"torch": ".pt2", "onnx": ".onnx"}.get(arguments.format, ".pt2 or .onnx")
         raise InputError(f"{out}: is to be an exported model, give a name that ends in {wanted}")
-    check_output(out, arguments.overwrite)
+    for each in (out, out.with_name(f"{out.name}.json")):
+        check_output(each, arguments.overwrite)
     part = _part(arguments)
     with messages().status(f"{part.kind}: tracing, writing, comparing"):
         check = write_part(part, out, file_format, arguments.precision)
@@ -38,11 +41,15 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def _part(arguments: argparse.Namespace) -> Part:
+    for part, names in OPTIONS.items():
+        given = [name for name in names if getattr(arguments, name) not in (None, False)]
+        if given and arguments.part != part:
+            raise InputError(f"--{given[0]} is for --part {part}, not for {arguments.part}; leave it out")
     if arguments.part != "sampler":
         tokenizer = ImageTokenizer.from_pretrained(arguments.model)
         return encoder_part(tokenizer) if arguments.part == "encoder" else decoder_part(tokenizer, arguments.tokens)
     pipeline = GenerationPipeline.from_pretrained(arguments.model, tokenizer=arguments.tokenizer)
-    recipe = dataclasses.replace(pipeline.generator.sampling, steps=arguments.steps)
+    recipe = dataclasses.replace(pipeline.generator.sampling, steps=arguments.steps or STEPS)
     if arguments.sampler is not None:
         recipe = dataclasses.replace(recipe, sampler=arguments.sampler)
     if arguments.guidance is not None:

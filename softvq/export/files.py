@@ -33,6 +33,7 @@ TOLERANCE = 1e-3
 """Largest difference from the model, in units of its largest output, that a float32 file may have."""
 BATCHES = (1, 3)  # that files are checked with; programs are traced with 2
 ONNX_BYTES = 2 << 30  # what one file can hold
+LEAST = 1e-12  # stands for the largest output of a model that gives only zeros
 
 Run = Callable[..., Tensor]
 
@@ -205,15 +206,17 @@ def _compare(part: Part, run: Run, precision: str) -> Check:
             raise RunError(
                 f"the {part.kind} that was written gives {list(found.shape)}, not all finite; it is not kept"
             )
+        if not bool(wanted.isfinite().all()):  # which no comparison would find to be too far
+            raise RunError(f"the {part.kind} itself gives values that are not finite; try another model")
         difference = found - wanted
-        largest = max(largest, float(difference.abs().max() / wanted.abs().max()))
+        largest = max(largest, float(difference.abs().max() / wanted.abs().max().clamp(min=LEAST)))
         squares, own = squares + float(difference.square().sum()), own + float(wanted.square().sum())
     if precision == "float32" and largest > TOLERANCE:
         raise RunError(
             f"the {part.kind} that was written differs from the model by {largest:.2e} of its largest output, above "
             f"{TOLERANCE:g}; it is not kept"
         )
-    return Check(largest=largest, root_mean_square=(squares / own) ** 0.5)
+    return Check(largest=largest, root_mean_square=(squares / max(own, LEAST**2)) ** 0.5)
 
 
 @contextlib.contextmanager
