@@ -224,6 +224,10 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     program.refuses("compress", "model", "a.png", "c.png", names=("c.png", ".svq"))
     program.refuses("compress", "model", "a.png", "c.svq", "--tokens", "2", names=("tokens is 2",))
     program.refuses("decompress", "model", "none.svq", "c.png", names=("none.svq", "no such file"))
+    Image.new("RGB", (16_384, 1)).save("long.png")
+    assert program("compress", "model", "long.png", "long.svq").code == 0
+    program.refuses("decompress", "model", "long.svq", "c.webp", names=("c.webp", "16384 x 1", "16,383", ".png"))
+    assert program("decompress", "model", "long.svq", "c.jpg").code == 0
     with Path("large.svq").open("wb") as file:
         file.truncate(MAX_BYTES + 1)
     program.refuses("decompress", "model", "large.svq", "c.png", names=("large.svq", "is larger than"))

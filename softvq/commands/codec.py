@@ -14,6 +14,9 @@ from softvq.training.distributed import choose_device
 
 __all__ = ["compress", "decompress"]
 
+LONGEST = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}
+"""Side in pixels that a format can hold; PNG holds whatever a `.svq` file does."""
+
 
 def compress(arguments: argparse.Namespace) -> None:
     """Write a photograph as a `.svq` file, and tell its size."""
@@ -46,6 +49,11 @@ def decompress(arguments: argparse.Namespace) -> None:
         picture = codec.decompress(tokenizer, data)
     except InputError as error:
         raise InputError(f"{arguments.file}: {error}") from error
+    longest = LONGEST.get(out.suffix.lower(), max(picture.size))
+    if max(picture.size) > longest:
+        raise InputError(
+            f"{out}: cannot hold {picture.width} x {picture.height}, at most {longest:,} a side; take .png"
+        )
     with replacing(out) as temporary:
         picture.save(temporary)
     results().print(f"{out}: {picture.width} x {picture.height}", soft_wrap=True)
