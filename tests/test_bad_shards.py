@@ -221,7 +221,8 @@ def test_an_index_with_numbers_out_of_bounds_is_not_used(here: Path) -> None:
         safe.save_file(changed, index, header)
         assert read_index(index, size) is None, name
         assert len(open_shards(str(path)).names) == 3
-    for text in ("[", "[]", "{}", '{"shard_bytes": 1}', '{"passed_over": 3}', "[" * 9999):
+    counts = [f'{{"shard_bytes": {size}, "passed_over": {{"x": {each}}}}}' for each in ("1e999", "-5", "1" * 99, '"7"')]
+    for text in ("[", "[]", "{}", '{"shard_bytes": 1}', '{"passed_over": 3}', "[" * 9999, *counts):
         safe.save_file(good, index, {next(iter(header)): text})
         assert read_index(index, size) is None
 
@@ -249,6 +250,7 @@ def test_places_that_hold_no_shards(here: Path) -> None:
     refused(here / "a.tar", "holds no image")
     refused(here / "b.tar", "b.tar: no such shard")
     refused(here / "*.tar.tar", "there is no .tar shard")
+    refused(here / "**.tar", "there is no .tar shard")  # pathlib knows no such pattern
     refused(f"{here}/n*/b*.tar", "has a pattern in its folder")
     refused("x-{0..999999999}.tar", "means 1,000,000,000 shards")
     refused("x-{5..3}.tar", "means -1 shards")

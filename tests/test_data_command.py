@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from softvq.data import packing
 from softvq.data.packing import pack_folder
 from softvq.data.shards import INDEX_SUFFIX
 from softvq.data.sources import open_source
+from softvq.errors import InputError
 from tests.image_zoo import encoded, png_header
 from tests.program import Program, contents, full_disk, make_model, make_photos, photograph, write_recipe
-from tests.shards import picture
+from tests.shards import picture, write_tar
 
 SMALL = 20480
 """Bytes of a shard."""
@@ -92,7 +94,7 @@ def test_packing_makes_the_same_bytes_wherever_it_goes_on(program: Program) -> N
         out = Path(f"out{done}")
         with pytest.raises(KeyboardInterrupt):
             pack_folder("photos", out, SMALL, stopping)
-        program.refuses("data", "check", out, names=(out, "packing is not finished" if done else "no"))
+        program.refuses("data", "check", out, names=(out, "packing is not finished"))
         (out / ".shard-000001.tar.0123abcd.tmp.tar").write_bytes(b"left by a kill")
         assert pack_folder("photos", out, SMALL).made == first.shards - done
         assert contents(out) == whole
@@ -147,6 +149,44 @@ def test_packing_refuses_what_is_not_its_own(program: Program) -> None:
     program.refuses("data", "pack", "photos", "out", names=("out: was begun with pictures 2, not 3",))
     Path("photos/gone.png").symlink_to("nothing")
     program.refuses("data", "pack", "photos", "out2", names=("photos/gone.png: cannot be read",))
+
+
+def test_packing_refuses_what_readers_would_pass_over(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_photos(Path("photos"), ("a.png", "b:1.png"))
+    program.refuses("data", "pack", "photos", "out", names=("photos/b:1.png: would be lost", "lead out of the archive"))
+    Path("photos/b:1.png").unlink()
+    monkeypatch.setattr("softvq.data.tar_index.MAX_FILE_BYTES", 10)
+    program.refuses("data", "pack", "photos", "out", names=("photos/a.png: would be lost", "members above"))
+    assert not Path("out").exists()
+
+
+def test_who_comes_second_does_not_pack_over_the_first(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_photos(Path("first"), ("a.png", "b.png"))
+    make_photos(Path("second"), ("c.png",))
+    lock = packing.folder_lock
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        pack_folder(first, out, SMALL)
+        return lock(*arguments, **options)
+
+    first, second, out = (Path(name).absolute() for name in ("first", "second", "out"))
+    monkeypatch.setattr(packing, "folder_lock", late)
+    with pytest.raises(InputError, match="was begun with pictures 2, not 1"):
+        pack_folder(second, out, SMALL)
+    assert list(open_source(out).names) == ["a.png", "b.png"]
+
+
+def test_a_manifest_of_something_else_is_let_be(program: Program) -> None:
+    write_tar(Path("shards/a.tar"), [("a.png", picture())])
+    for text in ('{"files": 3}', '["a.tar"]', '{"format": "softvq-shards-1"}'):
+        Path("shards/manifest.json").write_text(text)
+        assert program("data", "check", "shards").code == 0
+
+
+def test_more_workers_than_any_machine_has_use_for_are_refused(program: Program) -> None:
+    make_photos(Path("photos"), ("a.png",))
+    program.refuses("data", "check", "photos", "--workers", 257, names=("workers is 257, expected 0 to 256",))
 
 
 def test_a_full_disk_leaves_nothing_half(program: Program) -> None:

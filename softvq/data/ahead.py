@@ -5,7 +5,11 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from softvq.errors import InputError
+
 __all__ = ["mapped_ahead"]
+
+MAX_WORKERS = 256
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
@@ -26,7 +30,12 @@ def mapped_ahead(
 
     Yields:
         The results.
+
+    Raises:
+        InputError: If there are more workers than any machine has use for.
     """
+    if workers > MAX_WORKERS:
+        raise InputError(f"workers is {workers}, expected 0 to {MAX_WORKERS}")
     if not workers:
         yield from map(function, items)
         return

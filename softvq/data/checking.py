@@ -13,7 +13,7 @@ import numpy as np
 from softvq.data.ahead import mapped_ahead
 from softvq.data.images import MAX_PIXELS
 from softvq.data.packing import check_manifest
-from softvq.data.shards import MANIFEST, ShardSource
+from softvq.data.shards import ShardSource
 from softvq.data.sources import Source, fingerprint_of, open_source
 from softvq.errors import InputError
 
@@ -111,7 +111,7 @@ def check_set(
         unreadable=unreadable,
         too_small=too_small,
         duplicates=_groups(table, names),
-        damaged_shards=check_manifest(where) if _has_manifest(source, where) else [],
+        damaged_shards=check_manifest(where) if isinstance(source, ShardSource) else [],
         remarks=list(source.remarks),
         digests=table,
         digest_names=names,
@@ -163,7 +163,3 @@ def _bin(place: int) -> str:
     if place == 0:
         return f"below {BINS[0]}"
     return f"{BINS[place - 1]}-{BINS[place] - 1}" if place < len(BINS) else f"{BINS[-1]} and more"
-
-
-def _has_manifest(source: Source, where: Path | str) -> bool:
-    return isinstance(source, ShardSource) and (Path(where) / MANIFEST).is_file()

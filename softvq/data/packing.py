@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from softvq.config import read_json
-from softvq.data.shards import INDEX_SUFFIX, MANIFEST, MANIFEST_FORMAT
+from softvq.data.shards import INDEX_SUFFIX, MANIFEST, MANIFEST_FORMAT, read_manifest
 from softvq.data.sources import FolderSource, fingerprint_of
-from softvq.data.tar_index import BLOCK, MAX_NAME_BYTES, index_of, read_index, write_index
+from softvq.data.tar_index import BLOCK, index_of, read_index, refused, write_index
 from softvq.errors import InputError, RunError
 from softvq.files import replacing, sha256, write_json
 from softvq.locks import LOCK, folder_lock
@@ -77,23 +77,29 @@ def pack_folder(
         "fingerprint": fingerprint_of(source),
         "shard_bytes": shard_bytes,
     }
-    before = _begun(out, head)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file, expected a folder for shards; give another name")
+    _begun(out, head)  # lest a lock is laid into a folder that is not ours
     with folder_lock(out, "written", leave=False):
-        return _pack(source, out, shards, head, before, watch)
+        return _pack(source, out, shards, head, _begun(out, head), watch)  # others may have written in between
 
 
 def check_manifest(folder: Path | str) -> list[str]:
     """Compare packed shards with their manifest.
 
     Args:
-        folder: That `pack_folder` made.
+        folder: That `pack_folder` made, or anything else.
 
     Returns:
-        A sentence for each shard that is missing or not as it was written, and for each that does not belong.
+        A sentence for each shard that is missing or not as it was written, and for each that does not belong; none if
+        there is no manifest, or it is of something else.
     """
     folder = Path(folder)
     wrong: list[str] = []
-    listed = {str(shard.get("file")): shard for shard in read_json(folder / MANIFEST)["shards"]}
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return wrong
+    listed = {shard["file"]: shard for shard in manifest["shards"]}
     for name, shard in listed.items():
         path = folder / name
         if not path.is_file():
@@ -111,8 +117,11 @@ def _planned(source: FolderSource, shard_bytes: int) -> list[range]:
     for index, size in enumerate(source.sizes()):
         if size < 0:
             raise InputError(f"{source.path(index)}: cannot be read; repair or remove it")
-        if len(source.names[index].encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES:
-            raise InputError(f"{source.path(index)}: its name is longer than {MAX_NAME_BYTES} bytes; shorten it")
+        reason = refused(_member(source.names[index], size), source.names[index], {})
+        if reason is not None:
+            raise InputError(
+                f"{source.path(index)}: would be lost, since readers pass over {reason}; change or remove it"
+            )
         whole = len(_header(source.names[index], size)) + -(-size // BLOCK) * BLOCK
         if filled and filled + whole > room:
             shards.append(range(first, index))
@@ -122,16 +131,19 @@ def _planned(source: FolderSource, shard_bytes: int) -> list[range]:
 
 
 def _header(name: str, size: int) -> bytes:
-    """Return what stands before a member: nothing of it tells when, where or by whom it was made."""
+    """Return what stands before a member."""
+    return _member(name, size).tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+def _member(name: str, size: int) -> tarfile.TarInfo:
+    """Return a member, nothing of which tells when, where or by whom it was made."""
     member = tarfile.TarInfo(name)
     member.size, member.mode = size, 0o644
-    return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+    return member
 
 
 def _begun(out: Path, head: dict[str, Any]) -> dict[str, Any]:
     """Return the shards that the manifest at `out` lists, by name; refuse what is not ours, and what is another's."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is a file, expected a folder for shards; give another name")
     entries = sorted(path.name for path in out.iterdir()) if out.exists() else []
     ours = re.compile(rf"shard-\d{{6}}\.tar({re.escape(INDEX_SUFFIX)})?")
     begun = MANIFEST in entries

@@ -6,6 +6,7 @@ made by looking at the headers, and kept beside the shard, or in the cache folde
 
 import collections
 import contextlib
+import fnmatch
 import hashlib
 import os
 import re
@@ -25,7 +26,7 @@ from softvq.data.tar_index import NO_LABEL, ShardIndex, Texts, index_of, read_in
 from softvq.errors import InputError, RunError
 from softvq.files import write_bytes
 
-__all__ = ["INDEX_SUFFIX", "MANIFEST", "ShardSource", "names_shards", "open_shards", "shard_files"]
+__all__ = ["INDEX_SUFFIX", "MANIFEST", "ShardSource", "names_shards", "open_shards", "read_manifest", "shard_files"]
 
 INDEX_SUFFIX = ".index.safetensors"
 MANIFEST = "manifest.json"
@@ -44,7 +45,7 @@ def names_shards(where: str) -> bool:
     if _is_url(where) or not path.is_dir():
         return _is_url(where) or where.lower().endswith(".tar")
     if not any(_is_shard(each) for each in path.iterdir()):
-        return (path / MANIFEST).is_file() and _manifest(path) is not None
+        return read_manifest(path) is not None
     try:
         image = find_images(path)[0]
     except InputError:
@@ -180,7 +181,7 @@ def _expanded(where: str) -> list[str]:
 def _local_files(where: str) -> list[str]:
     path = Path(where)
     if path.is_dir():
-        manifest = _manifest(path)
+        manifest = read_manifest(path)
         found = sorted(str(each) for each in path.iterdir() if _is_shard(each))
         listed = found if manifest is None else [str(path / shard["file"]) for shard in manifest["shards"]]
         if manifest is not None and not manifest["complete"]:
@@ -191,15 +192,16 @@ def _local_files(where: str) -> list[str]:
         folder, pattern = path.parent, path.name
         if any(each in str(folder) for each in "*?["):
             raise InputError(f"{where}: has a pattern in its folder, expected one in the name of the shards alone")
-        listed = sorted(str(each) for each in folder.glob(pattern) if _is_shard(each)) if folder.is_dir() else []
+        beside = [each for each in folder.iterdir() if _is_shard(each)] if folder.is_dir() else []
+        listed = sorted(str(each) for each in beside if fnmatch.fnmatchcase(each.name, pattern))
     for each in listed:
         if not Path(each).is_file():  # also a pipe or a device, which could block for ever
             raise InputError(f"{each}: no such shard; fetch it, or give a pattern without it")
     return listed
 
 
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    """Return what `softvq data pack` says of a folder, None if it did not make it."""
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return what `softvq data pack` says of a folder, None if it did not make it; InputError for strange shards."""
     if not (folder / MANIFEST).is_file():
         return None
     try:

@@ -21,7 +21,7 @@ from softvq.data.images import MAX_FILE_BYTES, SUFFIXES
 from softvq.errors import InputError
 from softvq.files import read_tensors, write_tensors
 
-__all__ = ["NO_LABEL", "Entry", "ShardIndex", "Texts", "index_of", "read_index", "write_index"]
+__all__ = ["NO_LABEL", "Entry", "ShardIndex", "Texts", "index_of", "read_index", "refused", "write_index"]
 
 FORMAT = "softvq-shard-index-1"
 BLOCK = tarfile.BLOCKSIZE
@@ -128,7 +128,7 @@ def index_of(file: File, shard_bytes: int, title: str) -> ShardIndex:
     labels: dict[str, Label] = {}
     for member in _members(file, shard_bytes, title):
         name = "/".join(part for part in member.name.split("/") if part != ".")
-        reason = _refused(member, name, entries)
+        reason = refused(member, name, entries)
         if member.isdir():
             continue
         if reason is not None:
@@ -171,10 +171,12 @@ def read_index(path: Path, shard_bytes: int) -> ShardIndex | None:
         tensors, metadata = read_tensors(path)
         columns = {name: tensors[name].numpy() for name in (*COLUMNS, "name_block", "text_ends", "text_block")}
         header = json.loads(metadata[FORMAT])
-        passed_over = {str(name): int(count) for name, count in header["passed_over"].items()}
+        passed_over = dict(header["passed_over"].items())
     except (InputError, KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return None
     if header.get("shard_bytes") != shard_bytes:
+        return None
+    if not all(type(count) is int and 0 <= count <= MAX_MEMBERS for count in passed_over.values()):
         return None
     blocks = {name: columns.pop(f"{name}_block") for name in ("name", "text")}
     if any(each.dtype != np.uint8 or each.ndim != 1 for each in blocks.values()):
@@ -259,8 +261,17 @@ def _at(file: File, offset: int, size: int) -> bytes:
     return file.read(size)
 
 
-def _refused(member: tarfile.TarInfo, name: str, entries: dict[str, Entry]) -> str | None:
-    """Return why a member is not taken, in the plural; None if it is."""
+def refused(member: tarfile.TarInfo, name: str, entries: dict[str, Entry]) -> str | None:
+    """Return why a member is not taken, in the plural; None if it is.
+
+    Args:
+        member: What its header says.
+        name: Its key.
+        entries: The pictures before it, by their keys.
+
+    Returns:
+        Such as `links`.
+    """
     if member.issym() or member.islnk():
         return "links"
     if not member.isreg() or member.issparse():
