@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from softvq.data import shards as module
 from softvq.data.folder import Batch, DataConfig, PhotoFolder, batches
+from softvq.data.latent_cache import CachePlan
+from softvq.data.latent_writer import write_cache
 from softvq.data.packing import pack_folder
 from softvq.data.shards import INDEX_SUFFIX, open_shards
 from softvq.data.sources import FolderSource, fingerprint_of, open_source
 from softvq.data.tar_index import Texts
-from softvq.errors import InputError
+from softvq.errors import InputError, RunError
 from tests.shards import picture, write_tar
 
 # from Python 3.12 on, and of no concern to processes that only decode
@@ -159,6 +161,30 @@ def test_a_shard_that_changes_while_it_is_read_is_told(tmp_path: Path) -> None:
     write_tar(path, [(f"{seed}0.png", picture(seed)) for seed in range(3)])
     with pytest.raises(InputError, match=r"a.tar: 1.png: is not where its index says"):
         source.image(1, 10**6)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_photograph_that_the_network_loses_stops_the_run(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    memory = fsspec.filesystem("memory")
+    for path in packed.iterdir():
+        memory.pipe(f"/lost/{path.name}", path.read_bytes())
+    folder = PhotoFolder("memory://lost", 16, DataConfig(max_bad_fraction=0.9), seed=3)
+    source = folder.source
+
+    def cut_off(*_: object) -> bytes:
+        raise InputError("memory://lost: cannot be read (timed out); check the address and the network")
+
+    monkeypatch.setattr(module, "_read", cut_off)
+    with pytest.raises(RunError, match=r"^memory://lost: cannot be read \(timed out\)"):
+        source.image(0, 10**6)
+    with pytest.raises(RunError, match=r"^memory://lost: cannot be read \(timed out\)"):
+        next(batches(folder, 4, 0, 1, num_workers))
+    plan = CachePlan(tokenizer="m", fingerprint="a" * 64, tokens=4, dim=2, softvq_version="1")
+    with pytest.raises(RunError, match=r"^memory://lost: cannot be read \(timed out\)"):
+        write_cache(tmp_path / "cache-of-it", folder, plan, lambda images: images, num_workers=num_workers)
+    memory.rm("/lost", recursive=True)
 
 
 LABELLED = {

@@ -109,6 +109,8 @@ def _write(
     count = 0
     waiting: list[tuple[_Read, Tensor]] = []
     for part, read in zip(watch(parts), _reads(folder, parts, num_workers), strict=True):
+        if isinstance(read, RunError):
+            raise read
         for sentence in read.sentences:
             tell(sentence)
         bad += read.skipped
@@ -153,13 +155,13 @@ class _Read:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Reader(Dataset["_Read"]):
-    """Decodes whole parts."""
+class _Reader(Dataset["_Read | RunError"]):
+    """Decodes whole parts; an error is returned, since one raised in a worker comes back as a traceback in text."""
 
     folder: PhotoFolder
     parts: list[_Part]
 
-    def __getitem__(self, index: int) -> _Read:
+    def __getitem__(self, index: int) -> _Read | RunError:
         folder = self.folder
         images, numbers, skipped, sentences = [], [], [], []
         for number in self.parts[index].numbers:
@@ -170,6 +172,8 @@ class _Reader(Dataset["_Read"]):
                 skipped.append(name)
                 sentences.append(str(error))
                 continue
+            except RunError as error:
+                return error
             images.append(to_tensor(center_crop(photograph, folder.image_size)))
             numbers.append(number)
         stacked = torch.stack(images) if images else torch.empty(0, 3, folder.image_size, folder.image_size)
@@ -258,7 +262,7 @@ def _parts(numbers: range, shard: int, batch_size: int) -> list[_Part]:
     return [_Part(shard=shard, numbers=numbers[i : i + batch_size], last=i == cuts[-1]) for i in cuts]
 
 
-def _reads(folder: PhotoFolder, parts: list[_Part], num_workers: int) -> Iterable[_Read]:
+def _reads(folder: PhotoFolder, parts: list[_Part], num_workers: int) -> Iterable[_Read | RunError]:
     return DataLoader(
         _Reader(folder=folder, parts=parts),
         batch_size=None,

@@ -116,10 +116,15 @@ class ShardSource:
         self.remarks = [f"{title}: members were passed over: {listed}"] if listed else []
 
     def image(self, index: int, max_pixels: int) -> Image.Image:
-        """Read a picture."""
+        """Read a picture; RunError if a server does not give it, lest luck puts another in its place."""
         shard = self.shards[int(np.searchsorted(self._first, index, "right")) - 1]
         offset, size = int(self._offsets[index]), int(self._sizes[index])
-        data = _read(shard, offset - BLOCK, BLOCK + size)
+        try:
+            data = _read(shard, offset - BLOCK, BLOCK + size)
+        except InputError as error:
+            if _is_url(shard):
+                raise RunError(str(error)) from error
+            raise
         name = f"{shard}: {self.names[index]}"
         if len(data) != BLOCK + size or zlib.crc32(data[:BLOCK]) != self._headers[index]:
             raise InputError(f"{name}: is not where its index says; remove {_index_place(shard)} if the shard is new")

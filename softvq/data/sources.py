@@ -36,7 +36,7 @@ class Source(Protocol):
     """A sentence for each kind of thing that was passed over."""
 
     def image(self, index: int, max_pixels: int) -> Image.Image:
-        """Read a picture as `read_image` does; it raises InputError if that cannot be done."""
+        """Read a picture as `read_image` does: InputError if it cannot be read, RunError if a server fails."""
         ...
 
     def sizes(self) -> Iterable[int]:
