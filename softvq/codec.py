@@ -30,6 +30,8 @@ __all__ = ["CodecConfig", "compress", "decompress", "fitted_size"]
 REACH = 8.0
 """Latents are clamped to so many deviations."""
 MEAN_STEPS, DEVIATION_STEPS = 16, 16  # of a fitted mean to a deviation, of a fitted deviation to a doubling
+ROOTS = np.cumprod([1.0] + [math.sqrt(math.sqrt(math.sqrt(math.sqrt(2))))] * (DEVIATION_STEPS - 1))
+"""The steps of a doubling, of roots and products, which are the same bits on every machine; exp2 need not be."""
 BYTE = 127
 
 
@@ -246,7 +248,8 @@ def _normal(statistics: np.ndarray | None, shape: tuple[int, ...], bits: int) ->
     scale = 2**bits / REACH
     if statistics is None:
         statistics = np.zeros((2, shape[1]), dtype=np.int32)
-    mean, deviation = statistics[0] / MEAN_STEPS * scale, np.exp2(statistics[1] / DEVIATION_STEPS) * scale
+    doublings, steps = np.divmod(statistics[1], DEVIATION_STEPS)
+    mean, deviation = statistics[0] / MEAN_STEPS * scale, np.ldexp(ROOTS[steps], doublings) * scale
     means, deviations = (np.broadcast_to(row, shape).ravel().astype(np.float64) for row in (mean, deviation))
     return means, deviations
 

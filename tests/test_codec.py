@@ -5,12 +5,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scipy.stats import norm
 
 from benchmarks.codec_fuzz import damaged, outcome, resealed, small_tokenizer, whole_files
+from softvq import codec
 from softvq.codec import CodecConfig, compress, decompress, fitted_size
 from softvq.data.images import center_crop, read_image, to_image, to_tensor
 from softvq.data.svq import LAYOUT, MAX_BYTES, SvqHeader, pack, unpack
@@ -79,6 +81,18 @@ def test_channels_that_are_not_normal_bring_their_own_statistics(tokenizer: Imag
         assert decompress(moved, data).tobytes() == expected(moved, image, 6, 16).tobytes()
     assert unpack(data)[0].coder == "latents-fitted"
     assert sizes[3.0] < sizes[0.0] + 2 * tokenizer.config.latent_dim + 8  # without them 6 bits more for each number
+
+
+def test_deviations_are_the_same_bits_on_every_machine() -> None:
+    steps = np.arange(-128, 128, dtype=np.int32)
+    _, deviations = codec._normal(np.stack([steps, steps]), (1, len(steps)), 3)
+    np.testing.assert_allclose(deviations, [2 ** (step / 16) for step in steps.tolist()], rtol=1e-14)
+    root, power, expected = math.sqrt(math.sqrt(math.sqrt(math.sqrt(2.0)))), 1.0, []
+    for _ in range(16):
+        expected.append(power)
+        power *= root
+    whole = [math.ldexp(expected[step % 16], step // 16) for step in steps.tolist()]
+    np.testing.assert_array_equal(deviations, whole)  # IEEE 754 leaves nothing open in these; exp2 it does
 
 
 def test_one_codeword_stands_for_its_token() -> None:
