@@ -19,6 +19,7 @@ from softvq.arguments.export import add_export
 from softvq.arguments.images import add_images, add_tokenizers
 from softvq.arguments.others import add_others
 from softvq.arguments.sampling import add_sample
+from softvq.arguments.serving import add_serve
 from softvq.arguments.shared import Parser
 from softvq.arguments.speed import add_bench, add_estimate
 from softvq.arguments.training import add_cache, add_compare, add_train
@@ -138,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     add_estimate(commands)
     add_sample(commands)
     add_evaluate(commands)
+    add_serve(commands)
     add_tokenizers(commands)
     add_export(commands)
     add_bench(commands)

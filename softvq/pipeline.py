@@ -19,6 +19,7 @@ from softvq.backbones import compute_dtype
 from softvq.errors import InputError, RunError
 from softvq.generators.generator import LatentGenerator, TokenizerReference
 from softvq.generators.heads import HeadBlock
+from softvq.generators.process import Watch
 from softvq.generators.recipe import SamplingRecipe
 from softvq.generators.transformer import ModulatedBlock
 from softvq.randomness import keys_of
@@ -197,9 +198,11 @@ class GenerationPipeline:
         condition: Shaped[Tensor, "batch *conditiondim"],
         keys: Int64[Tensor, " batch"],
         recipe: SamplingRecipe | None = None,
+        watch: Watch | None = None,
     ) -> Float[Tensor, "batch token dim"]:
         """Make latents, on the device; see `LatentGenerator.sample`."""
-        return self.generator.sample(condition.to(self.device), keys.to(self.device), recipe, guide=self.guide)
+        condition, keys = condition.to(self.device), keys.to(self.device)
+        return self.generator.sample(condition, keys, recipe, guide=self.guide, watch=watch)
 
     @torch.inference_mode()
     def paint(self, latents: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch 3 height width"]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import safetensors.torch
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -18,7 +19,7 @@ from softvq.data.images import MAX_PIXELS
 from softvq.errors import InputError
 from softvq.files import read_tensors, write_tensors
 
-__all__ = ["LatentFile", "picture_names", "read_latents", "write_latents"]
+__all__ = ["LatentFile", "latent_bytes", "picture_names", "read_latents", "write_latents"]
 
 ENTRY = "softvq-latents"
 """The only entry of the header: several would be written in random order, and no two files be the same."""
@@ -54,21 +55,20 @@ def write_latents(path: Path | str, content: LatentFile) -> None:
         RunError: If the file cannot be written; what was there before is untouched.
     """
     _check(path, content)
-    header = {
-        "version": FORMAT_VERSION,
-        "tokenizer": content.fingerprint,
-        "softvq_version": content.softvq_version,
-        "names": content.names,
-    }
-    tensors = {"latents": content.latents, "sizes": content.sizes.to(torch.int64)}
-    write_tensors(path, tensors, {ENTRY: json.dumps(header)})
+    write_tensors(path, *_parts(content))
 
 
-def read_latents(path: Path | str, fingerprint: str | None = None) -> LatentFile:
+def latent_bytes(content: LatentFile) -> bytes:
+    """Return the bytes of a latent file, for sending it; an InputError says if `content` is no valid one."""
+    _check("latents", content)
+    return safetensors.torch.save(*_parts(content))
+
+
+def read_latents(source: Path | str | bytes, fingerprint: str | None = None) -> LatentFile:
     """Read a latent file and check all of it.
 
     Args:
-        path: A file written by `write_latents`.
+        source: A file written by `write_latents`, or the bytes of one.
         fingerprint: If given, the fingerprint of the tokenizer that is to decode the latents.
 
     Returns:
@@ -77,7 +77,8 @@ def read_latents(path: Path | str, fingerprint: str | None = None) -> LatentFile
     Raises:
         InputError: If the file is missing, damaged, no latent file, not finite, or belongs to another tokenizer.
     """
-    tensors, metadata = read_tensors(path)
+    path = "latents" if isinstance(source, bytes) else source
+    tensors, metadata = _unpacked(source) if isinstance(source, bytes) else read_tensors(source)
     header = _parse(metadata.get(ENTRY, ""))
     if header is None or set(tensors) != {"latents", "sizes"}:
         raise InputError(f"{path}: not a latent file of softvq; make one with softvq encode")
@@ -119,6 +120,28 @@ def picture_names(names: tuple[str, ...]) -> list[str]:
     """
     short = [str(PurePosixPath(name).with_suffix(".png")) for name in names]
     return short if len(set(short)) == len(short) else [f"{name}.png" for name in names]
+
+
+def _parts(content: LatentFile) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the header of a file."""
+    header = {
+        "version": FORMAT_VERSION,
+        "tokenizer": content.fingerprint,
+        "softvq_version": content.softvq_version,
+        "names": content.names,
+    }
+    tensors = {"latents": content.latents.contiguous(), "sizes": content.sizes.to(torch.int64)}
+    return tensors, {ENTRY: json.dumps(header)}
+
+
+def _unpacked(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the header of a file that is in memory."""
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (safetensors.SafetensorError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"latents: not a whole safetensors file ({error}); send it again") from error
+    return tensors, header.get("__metadata__") or {}
 
 
 def _check(path: Path | str, content: LatentFile) -> None:

@@ -18,7 +18,7 @@ from softvq.generators.diffusion import Diffusion, DiffusionConfig
 from softvq.generators.flow import Flow
 from softvq.generators.guidance import Guidance, Network, guided
 from softvq.generators.mar import MAR, MARConfig
-from softvq.generators.process import Draw
+from softvq.generators.process import Draw, Watch, watched
 from softvq.generators.recipe import SamplingRecipe, resolved
 from softvq.generators.sampling import SAMPLERS, check_sampler, times_for
 from softvq.generators.transformer import LatentTransformer
@@ -136,6 +136,7 @@ class LatentGenerator(nn.Module):
         recipe: SamplingRecipe | None = None,
         *,
         guide: "LatentGenerator | None" = None,
+        watch: Watch | None = None,
     ) -> Float[Tensor, "batch token dim"]:
         """Make latents; those of an image depend on its condition and key alone, not on its batch.
 
@@ -145,6 +146,8 @@ class LatentGenerator(nn.Module):
             recipe: How; by default the one stored with the generator.
             guide: A worse generator of the same latents for autoguidance (arXiv:2406.02507): `recipe.guidance` then
                 leads away from it instead of from the null class.
+            watch: Called in every step with its number, from 1, and the latents as far as they can be told then. What
+                it raises ends the sampling.
 
         Returns:
             Normalised latents in float32, as `ImageTokenizer.decode` takes them.
@@ -164,13 +167,15 @@ class LatentGenerator(nn.Module):
                 times=times_for(recipe.sampler, self.process, recipe.head_steps, recipe.shift),
                 guidance=recipe.guidance,
                 temperature=temperature,
+                watch=watch,
             )
         shape = (self.config.num_tokens, self.config.latent_dim)
 
         def draw(step: int) -> Tensor:
             return temperature * normal(fold_in(keys, SOLVER + 1 + step), *shape)
 
-        return self.solve(condition, temperature * normal(fold_in(keys, SOLVER), *shape), recipe, draw, guide=guide)
+        noise = temperature * normal(fold_in(keys, SOLVER), *shape)
+        return self.solve(condition, noise, recipe, draw, guide=guide, watch=watch)
 
     def solve(
         self,
@@ -180,6 +185,7 @@ class LatentGenerator(nn.Module):
         draw: Draw,
         *,
         guide: "LatentGenerator | None" = None,
+        watch: Watch | None = None,
     ) -> Float[Tensor, "batch token dim"]:
         """Follow the sampler from noise that is given; `sample` draws it.
 
@@ -189,6 +195,7 @@ class LatentGenerator(nn.Module):
             recipe: As `checked` returns it; not of MAR.
             draw: Noise of each step, of the same deviation, for samplers that add some.
             guide: As for `sample`.
+            watch: As for `sample`.
 
         Returns:
             Normalised latents in float32.
@@ -197,6 +204,8 @@ class LatentGenerator(nn.Module):
         predict = guided(
             self._bound(condition), self.process, recipe.guidance, None if guide is None else guide._bound(condition)
         )
+        if watch is not None:
+            predict = watched(predict, watch)
         return SAMPLERS[recipe.sampler](predict, noise, times, self.process, draw)
 
     def checked(self, recipe: SamplingRecipe | None = None, guide: "LatentGenerator | None" = None) -> SamplingRecipe:

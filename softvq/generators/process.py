@@ -1,6 +1,7 @@
 """What a process between data and noise offers to networks, losses and samplers."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -8,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-__all__ = ["Draw", "Predict", "Prediction", "Process", "in_full", "over_samples"]
+__all__ = ["Draw", "Predict", "Prediction", "Process", "Watch", "in_full", "over_samples", "watched"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ Predict = Callable[..., Prediction]
 """`predict(noisy, time, *, step_time=None)`; guidance is decided at `step_time`, where the solver's step began."""
 Draw = Callable[[int], Tensor]
 """`draw(step)`: standard normal noise for one step, in the shape of the latents."""
+Watch = Callable[[int, Tensor], object]
+"""`watch(step, latents)`: sees, in every step from 1, the latents `[batch, token, dim]` as far as they can be told."""
 
 
 @runtime_checkable
@@ -93,6 +96,19 @@ class Process(Protocol):
 def in_full(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Return numbers in float32, or as they are if they have more digits."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def watched(predict: Predict, watch: Watch) -> Predict:
+    """Return the same predictions, the first of every step shown to `watch` before the solver goes on."""
+    steps = itertools.count(1)
+
+    def predict_and_show(noisy: Tensor, time: float, *, step_time: float | None = None) -> Prediction:
+        prediction = predict(noisy, time, step_time=step_time)
+        if step_time is None:  # otherwise it is a second look within a step
+            watch(next(steps), prediction.clean)
+        return prediction
+
+    return predict_and_show
 
 
 def over_samples(value: Float[Tensor, " batch"], like: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *ones"]:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
+from torch.nn import functional
 
 from softvq.errors import InputError
 from softvq.generators.guidance import Guidance, guided
 from softvq.generators.mar import MAR, random_orders, select
+from softvq.generators.process import Watch
 from softvq.generators.sampling import Sampler
 from softvq.randomness import fold_in, normal
 
@@ -57,6 +59,7 @@ def sample(
     times: Sequence[float],
     guidance: Guidance,
     temperature: float = 1.0,
+    watch: Watch | None = None,
 ) -> Float[Tensor, "batch token dim"]:
     """Draw latents (arXiv:2406.11838, section 3.4).
 
@@ -73,6 +76,7 @@ def sample(
         guidance: How far to move away from what is drawn without the condition.
         temperature: Factor on all noise: what the head starts from, and what its sampler adds. Below 1 there is less
             variety.
+        watch: Called after every step with its number, from 1, and the latents, 0 where they are still hidden.
 
     Returns:
         float32 latents.
@@ -86,7 +90,7 @@ def sample(
     orders = random_orders(fold_in(keys, ORDER), model.num_tokens)
     noise_keys = fold_in(keys, NOISE)
     latents = torch.empty(len(keys), 0, model.latent_dim, device=keys.device)
-    for count in counts:
+    for step, count in enumerate(counts, 1):
         scale = guidance.at(count / model.num_tokens)
         shown = latents.shape[1]
         chosen = orders[:, shown : model.num_tokens - count]
@@ -95,6 +99,8 @@ def sample(
         token_keys = (noise_keys[:, None] + chosen).flatten()
         tokens = _denoised(model, z.flatten(0, 1), token_keys, sampler, times, scale, temperature)
         latents = torch.cat([latents, tokens.unflatten(0, chosen.shape)], dim=1)
+        if watch is not None:
+            watch(step, select(functional.pad(latents, (0, 0, 0, count)), orders.argsort(dim=1)))
     return select(latents, orders.argsort(dim=1))
 
 
