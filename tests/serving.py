@@ -51,7 +51,7 @@ class Served:
 
     @property
     def client(self) -> Client:
-        return Client(f"http://127.0.0.1:{self.port}", timeout=30)
+        return Client(f"http://127.0.0.1:{self.port}", timeout=30.0)
 
     def __call__(self, method: str, path: str, body: bytes | object = None, **headers: str) -> Answer:
         """Ask once; what is not bytes is sent as JSON, and `content_type` is a header."""
@@ -59,7 +59,7 @@ class Served:
         if body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()
             named = {"content-type": "application/json", **named}
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30.0)
         with contextlib.closing(connection):
             connection.request(method, path, body, named)
             answer = connection.getresponse()

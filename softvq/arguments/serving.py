@@ -22,11 +22,11 @@ def add_serve(commands: Commands) -> None:
     limits = serve.add_argument_group("limits")
     limits.add_argument("--batch-size", type=positive, default=16, metavar="N", help="images at once (default: 16)")
     limits.add_argument(
-        "--wait-ms", type=float, default=5, metavar="MS", help="how long a batch waits for more (default: 5)"
+        "--wait-ms", type=float, default=5.0, metavar="MS", help="how long a batch waits for more (default: 5)"
     )
     limits.add_argument("--queue", type=positive, default=64, metavar="N", help="requests taken on (default: 64)")
-    limits.add_argument("--deadline", type=float, default=60, metavar="S", help="of an answer (default: 60)")
-    limits.add_argument("--grace", type=float, default=30, metavar="S", help="to finish when stopped (default: 30)")
+    limits.add_argument("--deadline", type=float, default=60.0, metavar="S", help="of an answer (default: 60)")
+    limits.add_argument("--grace", type=float, default=30.0, metavar="S", help="to finish when stopped (default: 30)")
     limits.add_argument("--max-body-mib", type=positive, default=8, metavar="N", help="of a request (default: 8)")
     limits.add_argument(
         "--max-pixels", type=positive, default=16_000_000, metavar="N", help="of an image (default: 16000000)"

@@ -66,6 +66,7 @@ def create_app(
         version=softvq.__version__,
         description="Images to a few continuous tokens and back.",
         docs_url=None,
+        redirect_slashes=False,
         redoc_url=None,
         lifespan=lifespan,
     )  # fmt: skip - the pages of docs_url load scripts from elsewhere

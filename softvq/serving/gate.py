@@ -142,7 +142,8 @@ class Gate:
                     chunk, more = await visit.read(receive)
                     parts.append(chunk)
                     if visit.bytes_in > self._limits.body_bytes:
-                        await self._drain(visit, receive)
+                        if more:
+                            await self._drain(visit, receive)
                         raise self._too_long()
         except TimeoutError as error:
             raise Refusal(408, f"the body took more than {self._limits.upload:g} s; send less, or faster") from error

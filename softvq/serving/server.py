@@ -33,15 +33,11 @@ def listen(host: str, port: int) -> socket.socket:
         InputError: If there is no such host, or the port is taken.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, kind, protocol)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-        made.listen(CONNECTIONS)
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=CONNECTIONS)
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"cannot listen on {host} port {port} ({reason}); give another --host or --port") from error
-    return made
 
 
 def address_of(made: socket.socket) -> str:

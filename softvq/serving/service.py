@@ -115,6 +115,8 @@ class Service:
             yield event("error", {"error": str(self._late())})
         except (RunError, concurrent.futures.CancelledError) as error:
             yield event("error", {"error": str(error) or "the request was given up"})
+        except Exception:  # told to the log by who computed it
+            yield event("error", {"error": "this is a mistake in softvq; the log of the server tells more"})
         finally:
             job.future.cancel()
 
