@@ -18,6 +18,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from serve_load import server
+
 from tests import serving_campaigns as campaigns
 from tests.program import photograph, png
 

@@ -5,6 +5,8 @@ import contextlib
 import json
 import logging
 import socket
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -110,6 +112,11 @@ def test_the_client_says_who_does_not_answer(tmp_path: Path) -> None:
         Client("file:///etc/passwd")
     with pytest.raises(InputError, match=r"none\.png: cannot be read"):
         Client("http://127.0.0.1:1").encode(tmp_path / "none.png")
+
+
+def test_the_client_needs_no_torch() -> None:
+    code = "import sys, softvq.client; sys.exit(bool({'torch', 'numpy', 'PIL', 'fastapi'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
 def test_after_the_deadline_504_and_no_work(held: Held) -> None:
