@@ -18,10 +18,11 @@ from softvq.data.images import center_crop, read_image, to_image, to_tensor
 from softvq.data.latents import read_latents
 from softvq.errors import InputError
 from softvq.pipeline import GenerationPipeline
-from softvq.serving.app import create_app
 from softvq.serving.limits import Limits
+from softvq.serving.models import Models
+from softvq.tokenizers.autoencoder import ImageTokenizer
 from tests.generators import CLASSES, make_generator
-from tests.program import DIM, SIZE, TOKENS, photograph, png
+from tests.program import DIM, MODEL, SIZE, TOKENS, photograph, png
 from tests.serving import Answer, Served, load, serving
 
 LIMITS = Limits(batch=4, images=3, steps=12, pixels=10_000, body_bytes=100_000)
@@ -263,10 +264,25 @@ def test_without_a_generator_nothing_is_generated(folder: Path) -> None:
             found.client.generate([0])
 
 
+@torch.inference_mode()
+def test_fewer_tokens_where_the_tokenizer_takes_fewer() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = ImageTokenizer(dataclasses.replace(MODEL, min_latent_tokens=2)).eval()
+    latents = tokenizer.encode(to_tensor(center_crop(read_image(PHOTO), SIZE))[None])
+    with serving(Models(tokenizer)) as found, concurrent.futures.ThreadPoolExecutor(6) as pool:
+        counts = [2, 3, 4, 2, 3, 4]
+        asked = [pool.submit(found.client.reconstruct, PHOTO, tokens) for tokens in counts]
+        for one, tokens in zip(asked, counts, strict=True):
+            assert alike(one.result(), tokenizer.decode(latents[:, :tokens])[0])
+        assert not alike(asked[0].result(), tokenizer.decode(latents)[0])
+        assert alike(found.client.decode(latents[0, :3].tolist()), tokenizer.decode(latents[:, :3])[0])
+        assert found.image("/v1/reconstruct?tokens=1", PHOTO).status == 422
+
+
 def test_limits_are_checked() -> None:
     for name, value in {"queue": 0, "deadline": 0.0, "batch": 0, "pixels": 10**9}.items():
         with pytest.raises(InputError, match=f"{name} is"):
             dataclasses.replace(Limits(), **{name: value})
     with pytest.raises(InputError, match="at most batch"):
         Limits(batch=2, images=3)
-    assert callable(create_app)
