@@ -165,7 +165,9 @@ def test_workers_decode_in_threads_of_their_own_that_end(tmp_path: Path, monkeyp
     del batches  # given up in the middle
     assert names
     assert all(name.startswith("softvq-decoder") for name in names)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("softvq-reader", "softvq-decoder"))]
+    assert not [
+        thread for thread in threading.enumerate() if thread.name.startswith(("softvq-reader", "softvq-decoder"))
+    ]
 
 
 @pytest.mark.parametrize("workers", [0, 3])
