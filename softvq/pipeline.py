@@ -21,7 +21,8 @@ from softvq.generators.generator import LatentGenerator, TokenizerReference
 from softvq.generators.heads import HeadBlock
 from softvq.generators.process import Watch
 from softvq.generators.recipe import SamplingRecipe
-from softvq.generators.transformer import ModulatedBlock
+from softvq.generators.transformer import LatentTransformer, ModulatedBlock
+from softvq.inference.accelerate import accelerate
 from softvq.randomness import keys_of
 from softvq.tokenizers.autoencoder import ImageTokenizer
 
@@ -133,12 +134,32 @@ class GenerationPipeline:
         self.tokenizer.to(device)
         return self
 
-    def compile(self) -> "GenerationPipeline":
-        """Compile the networks: slow at the first call with a batch size, faster from then on; return the pipeline."""
+    def compile(self, *, fp8: bool = False) -> "GenerationPipeline":
+        """Make the networks faster: slow at the first call with a batch size, faster from then on; return the pipeline.
+
+        In bf16 on CUDA see `softvq.inference.accelerate`; elsewhere, and for MAR, `torch.compile` takes the blocks.
+
+        Args:
+            fp8: Round what is multiplied in the blocks to 8 bits, which changes images slightly; see docs/speed.md.
+
+        Returns:
+            The pipeline itself, for use by one thread.
+
+        Raises:
+            InputError: If `fp8` is asked for where it cannot be.
+        """
+        fast = self.device.type == "cuda" and self.dtype == torch.bfloat16
+        if fp8 and not fast:
+            raise InputError(f"fp8 needs networks in bf16 on CUDA, these are {self.dtype} on {self.device}")
         for model in (self.generator, self.guide):
-            if model is not None:
+            if model is not None and fast and isinstance(model.network, LatentTransformer):
+                accelerate(model.network, "fp8" if fp8 else "bf16")
+            elif model is not None:
                 _compile(model)
-        _compile(self.tokenizer.decoder)
+        if fast:
+            accelerate(self.tokenizer, "fp8" if fp8 else "bf16")
+        else:
+            _compile(self.tokenizer.decoder)
         return self
 
     @property

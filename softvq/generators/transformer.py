@@ -118,10 +118,17 @@ class LatentTransformer(nn.Module):
         """
         tokens = self.to_tokens(noisy.to(self.to_tokens.weight.dtype)) + self.positions
         vector = nn.functional.silu(self.time_embedding(time) + self.condition(condition, null))
-        for block in self.blocks:
-            tokens = block(tokens, vector)
+        tokens = self.run_blocks(tokens, vector)
         shift, scale = self.final_modulation(vector).chunk(2, dim=-1)
         return self.to_output(modulate(self.final_norm(tokens), shift, scale))
+
+    def run_blocks(
+        self, tokens: Float[Tensor, "batch token width"], vector: Float[Tensor, "batch width"]
+    ) -> Float[Tensor, "batch token width"]:
+        """Return the tokens after all blocks; `softvq.inference` puts a faster way in its place."""
+        for block in self.blocks:
+            tokens = block(tokens, vector)
+        return tokens
 
     def _start(self) -> None:
         for layer in self.modules():
@@ -232,6 +239,12 @@ class _TanhGELU(nn.GELU):
 
     def __init__(self) -> None:
         super().__init__(approximate="tanh")
+
+    def forward(self, input: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return the activation; compiled code takes it as a sigmoid, since its tanh is slower than memory."""
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return input * torch.sigmoid(math.sqrt(8 / math.pi) * (input + 0.044715 * input**3))
+        return super().forward(input)
 
 
 def _sines(kind: str, num_tokens: int, width: int) -> Tensor:
