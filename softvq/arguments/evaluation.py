@@ -105,7 +105,7 @@ def _add_sets(command: argparse.ArgumentParser, out: str, protocols: tuple[str, 
     command.add_argument("--out", default=out, metavar="DIR", help=f"the folder to write to (default: {out})")
     command.add_argument("--overwrite", action="store_true", help="write although something is at --out already")
     command.add_argument("--workers", type=natural, default=0, metavar="N", help="that decode ahead (default: 0)")
-    add_machine(command, batch_size=64)
+    add_machine(command, batch_size=64, fp8=True)
 
 
 def _add_probe(kinds: Commands) -> None:

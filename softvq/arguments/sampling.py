@@ -36,7 +36,10 @@ def add_sample(commands: Commands) -> None:
     sample.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images at once (default: 64)")
     sample.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
     sample.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 on a GPU (default: auto)"
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp8"),
+        default="auto",
+        help="auto is bf16 on a GPU; fp8 is for CUDA, and compiles (default: auto)",
     )
     sample.add_argument("--compile", action="store_true", help="compile the networks: a slow start, then faster")
     sample.add_argument("--overwrite", action="store_true", help="write although something is there already")

@@ -45,11 +45,12 @@ def add_photos(command: argparse.ArgumentParser, name: str = "PHOTO|DIR") -> Non
     )
 
 
-def add_machine(command: argparse.ArgumentParser, batch_size: int = 16) -> None:
+def add_machine(command: argparse.ArgumentParser, batch_size: int = 16, *, fp8: bool = False) -> None:
     """Take device, precision and batch size."""
     command.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    choices, where = (("float32", "bf16", "fp8"), ", fp8 on CUDA alone") if fp8 else (("float32", "bf16"), "")
     command.add_argument(
-        "--precision", choices=("float32", "bf16"), default="float32", help="of the networks (default: float32)"
+        "--precision", choices=choices, default="float32", help=f"of the networks{where} (default: float32)"
     )
     command.add_argument(
         "--batch-size", type=positive, default=batch_size, metavar="N", help=f"images at once (default: {batch_size})"

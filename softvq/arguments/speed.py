@@ -10,23 +10,35 @@ DEVICE_NAMES = ("h100", "h200", "a100", "4090")
 
 RANDOM = "loss.alignment.pretrained=false loss.adversarial.discriminator.pretrained=false"
 BOTH = f"loss.perceptual_start=0 loss.perceptual_warmup_steps=0 loss.adversarial.start=0 {RANDOM}"
+FAST = "train.compile=true train.cuda_graph=true"
 STANDARD = {
     "cuda": (
-        "sample --generator sit-xl --preset softvq-l-32 --tokens 32 --dim 64 --batch 64",
-        "sample --generator sit-xl --preset softvq-l-64 --tokens 64 --dim 32 --batch 64",
-        "sample --generator sit-xl --tokens 256 --dim 16 --batch 64 --latents-only",
-        "sample --generator sit-xl --tokens 1024 --dim 16 --batch 32 --latents-only",
-        "train-generator configs/generators/sit-xl.yaml --tokens 32 --dim 64 train.batch_size=128",
-        "train-generator configs/generators/sit-xl.yaml --tokens 32 --dim 64 train.batch_size=1024",
-        "train-generator configs/generators/sit-xl.yaml --tokens 64 --dim 32 train.batch_size=128",
-        "encode --preset softvq-b-64 --batch 128",
-        "decode --preset softvq-b-64 --batch 128",
-        "encode --preset softvq-l-64 --batch 128",
-        "decode --preset softvq-l-64 --batch 128",
-        "encode --preset softvq-bl-64 --size 512 --batch 64",
-        "decode --preset softvq-bl-64 --size 512 --batch 64",
-        f"train-tokenizer configs/softvq-b-64.yaml train.batch_size=64 {BOTH}",
-        f"train-tokenizer configs/softvq-l-64.yaml train.batch_size=32 {BOTH}",
+        *(
+            f"{line} --precision {precision}"
+            for line in (
+                "sample --generator sit-xl --preset softvq-l-32 --tokens 32 --dim 64 --batch 64",
+                "sample --generator sit-xl --preset softvq-l-64 --tokens 64 --dim 32 --batch 64",
+                "sample --generator sit-xl --tokens 256 --dim 16 --batch 64 --latents-only",
+                "sample --generator sit-xl --tokens 1024 --dim 16 --batch 32 --latents-only",
+                "encode --preset softvq-b-64 --batch 128",
+                "decode --preset softvq-b-64 --batch 128",
+                "encode --preset softvq-l-64 --batch 128",
+                "decode --preset softvq-l-64 --batch 128",
+                "encode --preset softvq-bl-64 --size 512 --batch 64",
+                "decode --preset softvq-bl-64 --size 512 --batch 64",
+            )
+            for precision in ("bf16", "fp8")
+        ),
+        *(
+            f"train-generator configs/generators/sit-xl.yaml train.batch_size={batch} train.cuda_graph=true {shape}"
+            for batch, shape in (
+                (128, "--tokens 32 --dim 64"),
+                (1024, "--tokens 32 --dim 64"),
+                (128, "--tokens 64 --dim 32"),
+            )
+        ),
+        f"train-tokenizer configs/softvq-b-64.yaml train.batch_size=64 {FAST} {BOTH}",
+        f"train-tokenizer configs/softvq-l-64.yaml train.batch_size=32 {FAST} {BOTH}",
     ),
     "cpu": (
         "encode --preset softvq-s-64 --batch 4 --precision float32 --no-compile --baseline timm",
@@ -106,7 +118,9 @@ def _add_shape(command: argparse.ArgumentParser) -> None:
 
 def _add_networks(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch", type=positive, default=16, metavar="N", help="images at once (default: 16)")
-    command.add_argument("--precision", choices=("bf16", "float32"), default="bf16", help="(default: bf16)")
+    command.add_argument(
+        "--precision", choices=("bf16", "fp8", "float32"), default="bf16", help="fp8 is for CUDA (default: bf16)"
+    )
     command.add_argument("--no-compile", dest="compile", action="store_false", help="run the networks as they are")
     command.add_argument("--rounds", type=positive, default=20, metavar="N", help="calls that count (default: 20)")
 

@@ -64,7 +64,7 @@ def bench(arguments: argparse.Namespace) -> None:
         machine=machine_name(device),
         torch=torch.__version__,
         softvq=softvq.__version__,
-        peak_flops=matrix_peak(device, torch.bfloat16 if rows[0].precision == "bf16" else torch.float32),
+        peak_flops=matrix_peak(device, torch.float32 if rows[0].precision == "float32" else torch.bfloat16),
         copy_bytes=copy_rate(device),
         rows=rows,
     )
@@ -108,10 +108,10 @@ def _print_tables(files: Sequence[str]) -> None:
             if _where(report) == where
             for row in report.rows
         ]
-        lines += [
-            "",
-            f"Matrix products and copies reached {', '.join(_limits(r) for r in reports if _where(r) == where)}.",
-        ]
+        here = [report for report in reports if _where(report) == where]
+        least, most = min(here, key=lambda r: r.peak_flops), max(here, key=lambda r: r.peak_flops)
+        between = _limits(most) if len(here) == 1 else f"{_limits(least)} to {_limits(most)}"
+        lines += ["", f"Matrix products and copies reached {between}."]
     results().print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
 
 

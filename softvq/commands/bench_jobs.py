@@ -21,6 +21,7 @@ from softvq.generators.generator import LatentGenerator
 from softvq.generators.guidance import Guidance
 from softvq.generators.presets import generator_preset
 from softvq.generators.recipe import SamplingRecipe
+from softvq.inference.accelerate import accelerate
 from softvq.pipeline import GenerationPipeline
 from softvq.randomness import keys_of
 from softvq.tokenizers.autoencoder import ImageTokenizer
@@ -81,9 +82,11 @@ def bench_tokenizer(arguments: argparse.Namespace, device: torch.device) -> Iter
         vit = config.encoder if arguments.job == "encode" else config.decoder
         stock = _stock_vit(config, vit) if arguments.baseline else None
     flops = count_flops(lambda one: getattr(ImageTokenizer(config), arguments.job)(one), (1, *given.shape[1:]))
-    if arguments.compile:
-        for model in filter(None, (tokenizer, stock)):
-            compile_regions(model)
+    fast = arguments.compile and device.type == "cuda" and arguments.precision != "float32"
+    if fast:
+        accelerate(tokenizer, arguments.precision)
+    for model in filter(None, (None if fast else tokenizer, stock) if arguments.compile else ()):
+        compile_regions(model)
 
     def ours() -> Tensor:
         with torch.inference_mode(), precision_of(device, arguments.precision):
@@ -111,9 +114,9 @@ def bench_sampling(arguments: argparse.Namespace, device: torch.device) -> Itera
     # of MAR and of solvers with two evaluations a step the share would be of something else
     counted = not arguments.generator.startswith("mar") and arguments.sampler in ONE_EVALUATION
     flops = seen * _evaluation_flops(config) if counted else None
-    pipeline = pipeline.to(device, "bf16" if arguments.precision == "bf16" else "fp32")
+    pipeline = pipeline.to(device, "fp32" if arguments.precision == "float32" else "bf16")
     if arguments.compile:
-        pipeline.compile()
+        pipeline.compile(fp8=arguments.precision == "fp8")
     recipe = SamplingRecipe(sampler=arguments.sampler, steps=NETWORK_STEPS, guidance=Guidance(scale=arguments.guidance))
     condition = (torch.arange(arguments.batch) % config.num_classes).to(device)
     keys = keys_of(0, "speed", torch.arange(arguments.batch, device=device))

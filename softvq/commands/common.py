@@ -75,7 +75,7 @@ def machine_name(device: torch.device) -> str:
 
 def precision_of(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
     """Return the context the networks run in: plain float32, or bfloat16 autocast."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != "float32")
 
 
 def load_tokenizer(model: str, device: torch.device) -> ImageTokenizer:

@@ -46,7 +46,7 @@ from softvq.training.distributed import choose_device, join, leave
 __all__ = ["generation"]
 
 PICTURES = ("samples.png", "sweep.png", "nearest.png")
-PRECISIONS: dict[str, Literal["fp32", "bf16"]] = {"float32": "fp32", "bf16": "bf16"}
+PRECISIONS: dict[str, Literal["fp32", "bf16"]] = {"float32": "fp32", "bf16": "bf16", "fp8": "bf16"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,8 +100,8 @@ def _evaluate(arguments: argparse.Namespace, device: torch.device, out: Path) ->
     remarks += [*checked[0], *samples.remarks]
     if samples.pipeline is not None:
         samples.pipeline.to(device, PRECISIONS[arguments.precision])
-        if arguments.compile:
-            samples.pipeline.compile()
+        if arguments.compile or arguments.precision == "fp8":
+            samples.pipeline.compile(fp8=arguments.precision == "fp8")
     known = _seen_reference(arguments, reference, networks)
     own = None
     if validation is not None:

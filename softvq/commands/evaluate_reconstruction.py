@@ -27,6 +27,7 @@ from softvq.evaluation.report import report_page
 from softvq.evaluation.set_features import set_features
 from softvq.evaluation.set_figures import set_figures
 from softvq.files import replacing, write_json, write_text
+from softvq.inference.accelerate import accelerate
 from softvq.ranks import is_main
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.training.distributed import choose_device, join, leave
@@ -103,6 +104,8 @@ def _opened(arguments: argparse.Namespace, device: torch.device) -> tuple[ImageT
     if finished is None:
         tokenizer = load_tokenizer(arguments.model, device)
         _check_tokens(arguments.tokens, tokenizer)
+        if arguments.precision == "fp8":
+            accelerate(tokenizer, "fp8")
         size = choose_size(None if arguments.size is None else str(arguments.size), tokenizer)
         assert size is not None  # it is no `native`
         data = _images(arguments.data, size[0])

@@ -45,9 +45,10 @@ def sample(arguments: argparse.Namespace) -> None:
     labels = [names[place % len(names)] for place in range(arguments.n)]
     class_numbers(labels, generator)  # an unknown class is told before the networks are moved and compiled
     fingerprint = generator.fingerprint()  # of the weights as they are stored, whatever they are computed in
-    pipeline.to(choose_device(arguments.device), arguments.precision)
-    if arguments.compile:
-        pipeline.compile()
+    fp8 = arguments.precision == "fp8"
+    pipeline.to(choose_device(arguments.device), "bf16" if fp8 else arguments.precision)
+    if arguments.compile or fp8:
+        pipeline.compile(fp8=fp8)
     _clear(out)
     # first, so that pictures of an interrupted run say how they were made
     write_json(out / "recipe.json", {"generator": fingerprint, **_record(pipeline, recipe, arguments)})
