@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import numbers
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,11 +85,12 @@ class GenerationPipeline:
             None if guide is None else LatentGenerator.from_pretrained(guide),
         )
 
-    def save_pretrained(self, folder: Path | str) -> None:
+    def save_pretrained(self, folder: Path | str, *, facts: Mapping[str, str] | None = None) -> None:
         """Write the generator into a folder, and its tokenizer into `tokenizer/` in it, so that they stay together.
 
         Args:
-            folder: Made if need be; files of these names are replaced.
+            folder: Made if need be; files of these names are replaced, but cards are left as they are.
+            facts: For the generator's card, see `softvq.hub.model_card`.
 
         Raises:
             InputError: If the weights were rounded by `to`.
@@ -99,7 +100,7 @@ class GenerationPipeline:
             raise InputError("the weights were rounded to bf16 for this device; load the pipeline again, and save that")
         self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
         self.generator.tokenizer = TokenizerReference(name="tokenizer", fingerprint=self.tokenizer.latent_fingerprint())
-        self.generator.save_pretrained(folder)
+        self.generator.save_pretrained(folder, facts=facts)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload both to a Hugging Face repository, made if need be; return its address."""
@@ -275,9 +276,10 @@ def check_tokenizer(generator: LatentGenerator, tokenizer: ImageTokenizer) -> No
         InputError: If it is another, or its latents have another shape.
     """
     model, latents = generator.config, tokenizer.config
-    own, found = (model.num_tokens, model.latent_dim), (latents.num_latent_tokens, latents.latent_dim)
-    if own != found:
-        raise InputError(f"the tokenizer has {found[0]} tokens of {found[1]}, the generator makes {own[0]} of {own[1]}")
+    most, dim = latents.num_latent_tokens, latents.latent_dim
+    if not (latents.min_latent_tokens or most) <= model.num_tokens <= most or dim != model.latent_dim:
+        made = f"{model.num_tokens} of {model.latent_dim}"
+        raise InputError(f"the tokenizer has {most} tokens of {dim}, the generator makes {made}")
     expected, given = generator.tokenizer.fingerprint, tokenizer.latent_fingerprint()
     if expected is not None and expected != given:
         raise InputError(

@@ -1,5 +1,6 @@
 """`softvq cache-latents` from the command line."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,17 @@ from PIL import Image
 
 from softvq.data.images import center_crop, read_image, to_tensor
 from softvq.data.latent_cache import cache_info, read_cache
+from softvq.pipeline import GenerationPipeline, keys_of_images
 from softvq.tokenizers.autoencoder import ImageTokenizer
-from tests.program import DIM, PATCH, SIZE, TOKENS, Program, contents, make_model, make_photos
+from tests.program import DIM, MODEL, PATCH, SIZE, TOKENS, Program, contents, make_model, make_photos
 
 NAMES = tuple(f"{'ant' if i % 2 else 'bee'}/{i:02}.png" for i in range(20))
 COMMAND = ("cache-latents", "model", "photos", "out", "--shard-size", "8")
+RECIPE = """
+model: {preset: sit-tiny, network: {width: 16, depth: 1, num_heads: 2}}
+train: {batch_size: 4, steps: 1, sample_every: 0, device: cpu, precision: fp32}
+sampling: {steps: 2}
+"""
 
 
 @pytest.fixture
@@ -68,6 +75,30 @@ def test_options(program: Program) -> None:
     header = cache_info("out")
     assert (header.views, header.image_size, header.plan.precision, len(header.shards)) == (1, 16, "bf16", 3)
     assert read_cache("out").latents.shape == (20, 1, TOKENS, DIM)
+
+
+def test_fewer_tokens_are_the_first(program: Program) -> None:
+    nested = ImageTokenizer(dataclasses.replace(MODEL, min_latent_tokens=2)).eval()
+    nested.save_pretrained("nested")
+    for out, more in (("all", ()), ("few", ("--tokens", "3"))):
+        assert program("cache-latents", "nested", "photos", out, *more).code == 0
+    assert cache_info("few").plan.tokens == 3
+    assert torch.equal(read_cache("few").latents, read_cache("all").latents[:, :, :3])
+    program.refuses(
+        "cache-latents", "nested", "photos", "more", "--tokens", "1", names=("--tokens is 1", f"2 to {TOKENS}")
+    )
+    program.refuses(*COMMAND, "--tokens", "3", names=("--tokens is 3", f"{TOKENS}, and no fewer"))
+    # a generator of so many tokens is trained, sampled and probed with the tokenizer of all of them
+    Path("recipe.yaml").write_text(RECIPE)
+    assert program("train", "generator", "--config", "recipe.yaml", "--latents", "few", "--run", "run").code == 0
+    pipeline = GenerationPipeline.from_pretrained("run/generator")
+    images = pipeline([0, 1], seed=0)
+    latents = pipeline.latents(torch.tensor([0, 1]), keys_of_images(0, 2))
+    assert latents.shape == (2, 3, DIM)
+    with torch.inference_mode():
+        torch.testing.assert_close(images, nested.decode(latents).clamp(-1, 1), atol=1e-5, rtol=0)
+    probe = ("evaluate", "probe", "nested", "photos", "--val", "photos", "--on", "generator:0", "--knn", "3")
+    assert program(*probe, "--generator", "run/generator").code == 0
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

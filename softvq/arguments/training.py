@@ -26,6 +26,9 @@ def add_cache(commands: Commands) -> None:
         "--size", type=positive, metavar="N", help="centre-crop to N x N (default: the model's image size)"
     )
     cache.add_argument(
+        "--tokens", type=positive, metavar="N", help="of a nested tokenizer, the first so many (default: all)"
+    )
+    cache.add_argument(
         "--workers", type=natural, default=0, metavar="N", help="processes that decode ahead (default: 0)"
     )
     add_machine(cache)

@@ -13,6 +13,7 @@ from torch import Tensor
 from softvq import __version__
 from softvq.commands.common import (
     check_output,
+    check_tokens,
     choose_size,
     load_tokenizer,
     messages,
@@ -35,6 +36,7 @@ def cache_latents(arguments: argparse.Namespace) -> None:
     check_output(out, overwrite=True)  # what is in it is looked at by `write_cache`
     device = choose_device(arguments.device)
     tokenizer = load_tokenizer(arguments.model, device)
+    check_tokens(arguments.tokens, tokenizer)
     size = choose_size(None if arguments.size is None else str(arguments.size), tokenizer)
     assert size is not None
     data = DataConfig(crop="center", flip=False, cache_megabytes=0)
@@ -42,7 +44,7 @@ def cache_latents(arguments: argparse.Namespace) -> None:
     plan = CachePlan(
         tokenizer=arguments.model,
         fingerprint=tokenizer.latent_fingerprint(),
-        tokens=tokenizer.config.num_latent_tokens,
+        tokens=arguments.tokens or tokenizer.config.num_latent_tokens,
         dim=tokenizer.config.latent_dim,
         flip=arguments.flip,
         dtype=arguments.dtype,
@@ -53,7 +55,7 @@ def cache_latents(arguments: argparse.Namespace) -> None:
 
     def encode(images: Tensor) -> Tensor:
         with precision_of(device, arguments.precision):
-            return tokenizer.encode(images.to(device))
+            return tokenizer.encode(images.to(device))[:, : arguments.tokens]
 
     console = messages()
     for sentence in folder.source.remarks:

@@ -26,6 +26,7 @@ __all__ = [
     "Photos",
     "batched",
     "check_output",
+    "check_tokens",
     "choose_size",
     "finite_images",
     "load_tokenizer",
@@ -92,6 +93,15 @@ def load_tokenizer(model: str, device: torch.device) -> ImageTokenizer:
         InputError: If there is no such model, or its files are not whole.
     """
     return ImageTokenizer.from_pretrained(model).to(device).eval()
+
+
+def check_tokens(count: int | None, tokenizer: ImageTokenizer) -> None:
+    """Refuse a number of tokens that a tokenizer does not decode; None is all of them."""
+    most = tokenizer.config.num_latent_tokens
+    least = tokenizer.config.min_latent_tokens or most
+    if count is not None and not least <= count <= most:
+        takes = f"{least} to {most}" if least < most else f"{most}, and no fewer"
+        raise InputError(f"--tokens is {count}, but the model decodes {takes}")
 
 
 def check_output(path: Path, overwrite: bool) -> None:

@@ -103,7 +103,7 @@ def _probed(
         with precision_of(device, arguments.precision):
             if generator is None or layer is None:
                 return tokenizer_features(tokenizer, images, kind)
-            latents = tokenizer.encode(images.to(device)).float()
+            latents = tokenizer.encode(images.to(device))[:, : generator.config.num_tokens].float()
             return generator_features(generator, latents, layer, keys, time=arguments.time)
 
     train, val = (_Chosen(path, size, tokenizer, arguments.images) for path in _splits(arguments))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from rich.table import Table
 
-from softvq.commands.common import choose_size, load_tokenizer, machine_name, messages, results
+from softvq.commands.common import check_tokens, choose_size, load_tokenizer, machine_name, messages, results
 from softvq.commands.evaluate_shared import bar_of_rank, check_report, networks_of, print_figures
 from softvq.data.latent_cache import HEADER
 from softvq.errors import InputError
@@ -103,7 +103,7 @@ def _opened(arguments: argparse.Namespace, device: torch.device) -> tuple[ImageT
     tokenizer = made = None
     if finished is None:
         tokenizer = load_tokenizer(arguments.model, device)
-        _check_tokens(arguments.tokens, tokenizer)
+        check_tokens(arguments.tokens, tokenizer)
         if arguments.precision == "fp8":
             accelerate(tokenizer, "fp8")
         size = choose_size(None if arguments.size is None else str(arguments.size), tokenizer)
@@ -129,14 +129,6 @@ def _opened(arguments: argparse.Namespace, device: torch.device) -> tuple[ImageT
         workers=arguments.workers,
     )
     return tokenizer, pairs
-
-
-def _check_tokens(kept: int | None, tokenizer: ImageTokenizer) -> None:
-    most = tokenizer.config.num_latent_tokens
-    least = tokenizer.config.min_latent_tokens or most
-    if kept is not None and not least <= kept <= most:
-        takes = f"{least} to {most}" if least < most else f"{most}, and no fewer"
-        raise InputError(f"--tokens is {kept}, but the model decodes {takes}")
 
 
 def _images(source: str, size: int | None, crop: bool = True) -> ImageSet:

@@ -71,8 +71,8 @@ class Models:
 
     def most_steps(self, limit: int) -> int:
         """Return the most steps that may be asked for: MAR has no more than tokens."""
-        mar = self.pipeline is not None and isinstance(self.pipeline.generator.config.network, MARConfig)
-        return min(limit, self.tokens[1]) if mar else limit
+        config = None if self.pipeline is None else self.pipeline.generator.config
+        return min(limit, config.num_tokens) if config and isinstance(config.network, MARConfig) else limit
 
     def changed_recipe(self, steps: int | None, guidance: float | None) -> SamplingRecipe:
         """Return the generator's recipe with what a request overrules; an InputError says if it cannot be so."""
