@@ -66,8 +66,9 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def to_yaml(config: Any) -> str:
-    """Return a dataclass as YAML text, fields in their order of definition."""
-    return yaml.dump(to_dict(config), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
+    """Return a dataclass, or nested dictionaries, as YAML text, fields in their order of definition."""
+    data = config if isinstance(config, dict) else to_dict(config)
+    return yaml.dump(data, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,20 @@ from softvq.errors import InputError, RunError
 from softvq.files import read_tensors, replacing, write_json, write_tensors, write_text
 from softvq.pretrained import bundled
 
-__all__ = ["fingerprint", "load_folder", "load_strictly", "locate", "push", "save_folder"]
+__all__ = ["fingerprint", "load_folder", "load_strictly", "locate", "model_card", "push", "save_folder"]
 
 FORMAT_VERSION = 1
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FILES = ["config.json", "model.safetensors", "tokenizer/config.json", "tokenizer/model.safetensors"]
 EXAMPLE = "SoftVQVAE/softvq-l-64"
+UNSAID = {
+    "Data": "not recorded.",
+    "Recipe": "not recorded.",
+    "Figures": "not measured.",
+    "Limits": "not recorded; it can do no better than what it was trained on.",
+    "Licence": "not chosen. Name it here, and as `license:` at the top.",
+}
+"""What a card says of a model of which nobody has said more: a gap that shows is better than one that does not."""
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -56,6 +64,29 @@ def save_folder(
         write_json(config_json, header)
         if readme:
             write_text(readme, card)
+
+
+def model_card(
+    kind: str, tags: Sequence[str], description: str, example: str, facts: Mapping[str, str] | None = None
+) -> str:
+    """Return the text of a model card.
+
+    Args:
+        kind: What the folder holds, for example `tokenizer`.
+        tags: For the hub.
+        description: What the model does, a paragraph.
+        example: Python that loads it.
+        facts: `Data`, `Recipe`, `Figures`, `Limits`, `Licence` and others, a sentence each; those of the five that are
+            left out are said to be unknown. Of `Recipe`, what follows a blank line stands at the end.
+
+    Returns:
+        Markdown, with the header that the hub reads.
+    """
+    said = {**UNSAID, **(facts or {})}
+    said["Recipe"], blank, recipe = said["Recipe"].partition("\n\n")
+    lines = "\n".join(f"- **{name}**: {text}" for name, text in said.items()) + blank + recipe.rstrip()
+    header = f"---\nlibrary_name: softvq\ntags: [{', '.join(['softvq', *tags])}]\n---\n"
+    return f"{header}\n# softvq {kind}\n\n{description}\n\n```python\n{example}\n```\n\n{lines}\n"
 
 
 def load_folder(

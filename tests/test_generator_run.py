@@ -95,6 +95,22 @@ def test_a_run_leaves_a_generator_behind(kind: str, root: Path, whole: dict[str,
     assert not torch.equal(saved["ema.network.to_tokens.weight"], saved["model.network.to_tokens.weight"])
 
 
+def test_the_card_of_a_run_has_its_recipe(root: Path, whole: dict[str, Path]) -> None:
+    text = (whole["sit"] / "generator/README.md").read_text()
+    facts = json.loads((whole["sit"] / "run.json").read_text())["data"]
+    assert f"**Data**: 12 images with the fingerprint `{facts['fingerprint'][:12]}`" in text
+    (root / "again.yaml").write_text(text.partition("```yaml\n")[2].removesuffix("```\n"))
+    again, config = from_dict(GeneratorRunConfig, read_yaml(root / "again.yaml")), run_config("sit")
+    assert (again.model, again.optim, again.sampling, again.seed) == (
+        config.model, config.optim, config.sampling, config.seed,
+    )  # fmt: skip
+    assert (again.train.steps, again.train.batch_size) == (STEPS, config.train.batch_size)
+    loss = read_log(whole["sit"] / "log.jsonl")[-1]["loss"]
+    assert f"training loss {loss:.4g} at step {STEPS}." in text
+    assert str(root) not in text  # a card goes to others, who need not know where files were
+    assert "- **Licence**: not chosen" in (whole["sit"] / "generator/tokenizer/README.md").read_text()
+
+
 def test_everything_is_trained(whole: dict[str, Path]) -> None:
     for kind, run in whole.items():
         start = build_generator(run_config(kind)).state_dict()

@@ -113,6 +113,29 @@ def test_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
         GenerationPipeline(generator, other)
 
 
+def test_cards_say_what_is_known_and_what_is_not(folder: Path, tmp_path: Path) -> None:
+    pipeline = GenerationPipeline.from_pretrained(folder)
+    pipeline.save_pretrained(tmp_path / "both", facts={"Data": "Ants.", "Recipe": "One step:\n\n```yaml\na: 1\n```"})
+    for where in ("both", "both/tokenizer"):
+        text = (tmp_path / where / "README.md").read_text()
+        assert text.startswith("---\nlibrary_name: softvq\ntags: [softvq, image-")
+        for name in ("Data", "Recipe", "Figures", "Limits", "Licence"):
+            assert len(re.findall(rf"^- \*\*{name}\*\*: \w", text, re.MULTILINE)) == 1
+        snippet = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+        softvq.save_image(torch.zeros(3, SIZE, SIZE), tmp_path / "photo.jpg")
+        exec(
+            snippet.replace("this-folder-or-repository", str(tmp_path / where)).replace(
+                "photo.jpg", f"{tmp_path}/photo.jpg"
+            )
+        )
+    text = (tmp_path / "both/README.md").read_text()
+    assert "**Data**: Ants.\n" in text
+    assert "**Recipe**: One step:\n" in text
+    assert text.endswith("\n\n```yaml\na: 1\n```\n")
+    assert "**Classes**: ant, bee, cat." in text
+    assert f"`tokenizer`, whose latents are `{pipeline.tokenizer.latent_fingerprint()[:12]}`" in text
+
+
 def test_a_generator_that_names_no_tokenizer_needs_one(tmp_path: Path) -> None:
     build("sit").save_pretrained(tmp_path / "generator")
     make_model(tmp_path / "model")

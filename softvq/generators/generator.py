@@ -1,6 +1,7 @@
 """A generator of latents: network and process, its loss, its samples, and its folder."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -242,11 +243,12 @@ class LatentGenerator(nn.Module):
         """Return a SHA-256 over the config and every weight."""
         return hub.fingerprint(to_dict(self.config), self.state_dict())
 
-    def save_pretrained(self, folder: Path | str) -> None:
+    def save_pretrained(self, folder: Path | str, *, facts: Mapping[str, str] | None = None) -> None:
         """Write `config.json`, `model.safetensors` and a model card into `folder`.
 
         Args:
-            folder: Made if need be; files in it of these names are replaced.
+            folder: Made if need be; files in it of these names are replaced, but a card is left as it is.
+            facts: For the card, see `softvq.hub.model_card`.
 
         Raises:
             RunError: If the files cannot be written; what was there before is untouched.
@@ -257,7 +259,7 @@ class LatentGenerator(nn.Module):
             "classes": list(self.classes),
             "tokenizer": to_dict(self.tokenizer),
         }
-        hub.save_folder(folder, kind="generator", config=config, tensors=self.state_dict(), card=_card(self))
+        hub.save_folder(folder, kind="generator", config=config, tensors=self.state_dict(), card=_card(self, facts))
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the generator to a Hugging Face repository, made if need be; return its address."""
@@ -318,23 +320,21 @@ class _Stored:
     tokenizer: TokenizerReference = dataclasses.field(default_factory=TokenizerReference)
 
 
-def _card(generator: LatentGenerator) -> str:
-    config = generator.config
+def _card(generator: LatentGenerator, facts: Mapping[str, str] | None) -> str:
+    config, tokenizer = generator.config, generator.tokenizer
     parameters = sum(parameter.numel() for parameter in generator.parameters()) / 1e6
-    names = f"\nClasses: {', '.join(generator.classes[:50])}{', ...' if len(generator.classes) > 50 else ''}.\n"
-    return f"""---
-library_name: softvq
-tags: [image-generation, {config.process.kind}]
----
-# softvq generator
-
-Makes {config.num_tokens} tokens of {config.latent_dim} channels, which a tokenizer turns into an image;
-{config.network.kind} with {config.process.kind}, {parameters:.1f} M parameters.
-{names if generator.classes else ""}
-```python
-from softvq import GenerationPipeline
+    names = ", ".join(generator.classes[:50]) + (", ..." if len(generator.classes) > 50 else "")
+    said = {"Classes": f"{names}."} if names else {}
+    if tokenizer.name is not None:
+        said["Tokenizer"] = f"`{tokenizer.name}`, whose latents are `{(tokenizer.fingerprint or 'unknown')[:12]}`."
+    return hub.model_card(
+        "generator",
+        ["image-generation", config.process.kind],
+        f"Makes {config.num_tokens} tokens of {config.latent_dim} channels, which a tokenizer turns into an image;\n"
+        f"{config.network.kind} with {config.process.kind}, {parameters:.1f} M parameters.",
+        """from softvq import GenerationPipeline
 
 pipeline = GenerationPipeline.from_pretrained("this-folder-or-repository")
-images = pipeline([0, 1], seed=0)
-```
-"""
+images = pipeline([0, 1], seed=0)""",
+        {**said, **(facts or {})},
+    )

@@ -1,7 +1,7 @@
 """The tokenizer: images to latents and back, with the statistics that normalise the latents on board."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,15 @@ class ImageTokenizer(nn.Module):
     weights), and `decode` takes them; `encode_raw` and `decode_raw` do without. Images of any size that the patch
     divides encode to the same number of tokens.
 
-    >>> from softvq.tokenizers.presets import preset
-    >>> tokenizer = ImageTokenizer(preset("softvq-tiny-16", image_size=64))
-    >>> latents = tokenizer.encode(torch.zeros(1, 3, 64, 96))
-    >>> tuple(latents.shape), tuple(tokenizer.decode(latents, size=(64, 96)).shape)
-    ((1, 16, 32), (1, 3, 64, 96))
+    Args:
+        config: The architecture.
+
+    Examples:
+        >>> from softvq.tokenizers.presets import preset
+        >>> tokenizer = ImageTokenizer(preset("softvq-tiny-16", image_size=64))
+        >>> latents = tokenizer.encode(torch.zeros(1, 3, 64, 96))
+        >>> tuple(latents.shape), tuple(tokenizer.decode(latents, size=(64, 96)).shape)
+        ((1, 16, 32), (1, 3, 64, 96))
     """
 
     latent_mean: Tensor
@@ -290,17 +294,18 @@ class ImageTokenizer(nn.Module):
             {name: tensors[name] for name in tensors if not name.startswith(PAINTERS)},
         )
 
-    def save_pretrained(self, folder: Path | str) -> None:
+    def save_pretrained(self, folder: Path | str, *, facts: Mapping[str, str] | None = None) -> None:
         """Write `config.json`, `model.safetensors` and a model card into `folder`.
 
         Args:
-            folder: Made if need be; files in it of these names are replaced.
+            folder: Made if need be; files in it of these names are replaced, but a card is left as it is.
+            facts: For the card, see `softvq.hub.model_card`.
 
         Raises:
             RunError: If the files cannot be written; what was there before is untouched.
         """
         config = to_dict(self.config)
-        hub.save_folder(folder, kind="tokenizer", config=config, tensors=self.state_dict(), card=_card(self))
+        hub.save_folder(folder, kind="tokenizer", config=config, tensors=self.state_dict(), card=_card(self, facts))
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the tokenizer to a Hugging Face repository, made if need be; return its address."""
@@ -363,23 +368,19 @@ class ImageTokenizer(nn.Module):
             raise InputError(f"the size is {height}x{width} pixels, expected a height and width divisible by {patch}")
 
 
-def _card(tokenizer: ImageTokenizer) -> str:
-    config = tokenizer.config
+def _card(tokenizer: ImageTokenizer, facts: Mapping[str, str] | None) -> str:
+    config, side = tokenizer.config, tokenizer.config.image_size
     parameters = sum(parameter.numel() for parameter in tokenizer.parameters()) / 1e6
-    return f"""---
-library_name: softvq
-tags: [image-tokenizer, {config.quantizer.kind}]
----
-# softvq tokenizer
-
-{config.image_size} x {config.image_size} pixels to {config.num_latent_tokens} tokens of {config.latent_dim} channels;
-quantizer `{config.quantizer.kind}`, {parameters:.1f} M parameters.
-
-```python
-from softvq import ImageTokenizer, load_image
+    fewer = f"; the first {config.min_latent_tokens} or more decode alone" if config.min_latent_tokens else ""
+    return hub.model_card(
+        "tokenizer",
+        ["image-tokenizer", config.quantizer.kind],
+        f"{side} x {side} pixels to {config.num_latent_tokens} tokens of {config.latent_dim} channels{fewer}; "
+        f"quantizer\n`{config.quantizer.kind}`, {parameters:.1f} M parameters.",
+        f"""from softvq import ImageTokenizer, load_image
 
 tokenizer = ImageTokenizer.from_pretrained("this-folder-or-repository")
-latents = tokenizer.encode(load_image("photo.jpg", size={config.image_size})[None])
-images = tokenizer.decode(latents)
-```
-"""
+latents = tokenizer.encode(load_image("photo.jpg", size={side})[None])
+images = tokenizer.decode(latents)""",
+        facts,
+    )

@@ -19,7 +19,7 @@ from softvq.data.images import to_image
 from softvq.data.latent_cache import cache_info, read_cache
 from softvq.data.latent_set import LatentSet
 from softvq.errors import InputError
-from softvq.files import replacing
+from softvq.files import replacing, write_text
 from softvq.generators.generator import LatentGenerator, TokenizerReference
 from softvq.pipeline import GenerationPipeline, keys_of_images
 from softvq.randomness import manual_seed
@@ -27,6 +27,7 @@ from softvq.ranks import is_main, rank, world_size
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.training import checkpoint as checkpoints
 from softvq.training import distributed, run_folder
+from softvq.training.cards import card_facts
 from softvq.training.generator_recipe import GeneratorRunConfig
 from softvq.training.generator_task import GeneratorTask
 from softvq.training.prefetch import on_device
@@ -140,7 +141,7 @@ def _train(config: GeneratorRunConfig, run: Path, resume: bool, console: Console
     with run_status(run, lambda: trainer.step, trainer.warn) if main else contextlib.nullcontext():
         trainer.fit(source.stream)
         if main or trainer.sharded:
-            _export(trainer, source, run / "generator")
+            _export(trainer, source, run / "generator", card_facts(run, config, source.data))
         distributed.wait_for_all()
     return run / "generator"
 
@@ -222,7 +223,7 @@ def _sampler(generator: LatentGenerator, source: _Source, folder: Path) -> Calla
     return sample
 
 
-def _export(trainer: Trainer, source: _Source, folder: Path) -> None:
+def _export(trainer: Trainer, source: _Source, folder: Path, facts: dict[str, str]) -> None:
     """Save the averaged weights; a tokenizer that is a folder goes with them, so that they can be moved together."""
     assert isinstance(trainer.task, GeneratorTask)
     generator = trainer.task.generator
@@ -230,6 +231,9 @@ def _export(trainer: Trainer, source: _Source, folder: Path) -> None:
         if not is_main():
             return
         if Path(source.name).is_dir():
-            GenerationPipeline(generator, source.tokenizer).save_pretrained(folder)
+            card, copy = (at / "README.md" for at in (Path(source.name), folder / "tokenizer"))
+            if card.is_file() and not copy.exists():
+                write_text(copy, card.read_text(encoding="utf-8"))
+            GenerationPipeline(generator, source.tokenizer).save_pretrained(folder, facts=facts)
         else:
-            generator.save_pretrained(folder)
+            generator.save_pretrained(folder, facts=facts)

@@ -7,8 +7,9 @@ Beside what `run_folder` describes, the folder of such a run has at the end `tok
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,7 @@ from softvq.ranks import is_main, rank, world_size
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.training import checkpoint as checkpoints
 from softvq.training import distributed, run_folder
+from softvq.training.cards import card_facts
 from softvq.training.prefetch import on_device
 from softvq.training.tokenizer_recipe import TokenizerRunConfig, build_task, idle_settings
 from softvq.training.tokenizer_task import TokenizerTask
@@ -90,7 +92,7 @@ def _train(config: TokenizerRunConfig, run: Path, resume: bool, console: Console
     with run_status(run, lambda: trainer.step, trainer.warn) if main else contextlib.nullcontext():
         trainer.fit(stream)
         if main or trainer.sharded:
-            _export(trainer, config, run / "tokenizer")
+            _export(trainer, config, run / "tokenizer", data)
         distributed.wait_for_all()
     return run / "tokenizer"
 
@@ -144,7 +146,7 @@ def _first_images(config: TokenizerRunConfig) -> Float[Tensor, "batch 3 height w
     return torch.stack(images)
 
 
-def _export(trainer: Trainer, config: TokenizerRunConfig, folder: Path) -> None:
+def _export(trainer: Trainer, config: TokenizerRunConfig, folder: Path, data: Mapping[str, Any]) -> None:
     """Save the averaged weights, with latent statistics fitted on photographs from all over the data set."""
     assert isinstance(trainer.task, TokenizerTask)
     assert config.data.path is not None
@@ -159,4 +161,4 @@ def _export(trainer: Trainer, config: TokenizerRunConfig, folder: Path) -> None:
         stream = batches(photographs, size, 0, -(-count // size), config.data.num_workers)
         if not config.decoder_only:  # otherwise the latents, and files of them, stay valid
             tokenizer.fit_statistics(batch.images for batch in stream)
-        tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder, facts=card_facts(trainer.run, config, data))
