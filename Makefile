@@ -5,14 +5,16 @@ JOBS    ?= 2
 BENCHMARKS := quantizers generation_speed
 bin     := .venv/bin
 stamp   := .venv/.installed
+docs    := .venv/.installed-docs
 
-.PHONY: help install test lint demo bench clean
+.PHONY: help install test lint demo bench docs clean
 
 help:
 	@echo "make demo      install, show what the bundled models do on a page that opens offline"
 	@echo "make test      install, lint, run the tests (JOBS=0 in one process instead of two)"
 	@echo "make lint      ruff, pyrefly, pydoclint, import-linter, codespell, deptry"
 	@echo "make bench     run the benchmarks that need no photographs of yours"
+	@echo "make docs      build the pages of docs/ as a site in site/, which opens offline"
 	@echo "make install   make .venv and install softvq with everything that training and testing need"
 	@echo "make clean     remove caches and .venv; runs/ stays"
 
@@ -45,6 +47,14 @@ bench: install
 	@set -e; for job in encode decode; do $(bin)/softvq bench $$job --baseline timm --batch 4 --precision float32 --no-compile; done
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(bin)/python benchmarks/$$name.py; done
 
+$(docs): $(stamp)
+	@$(bin)/python -m pip install --disable-pip-version-check --progress-bar off -e '.[docs]'
+	@touch $@
+
+docs: $(docs)
+	@NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 clean:
-	rm -rf .venv .hypothesis .import_linter_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv site .hypothesis .import_linter_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -prune -exec rm -rf {} +

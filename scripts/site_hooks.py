@@ -5,6 +5,7 @@ place under `repository/`: Markdown becomes a page, anything else a page that sh
 or by such a page, or named in the navigation, comes along.
 """
 
+import json
 import logging
 import os
 import posixpath
@@ -17,6 +18,7 @@ __all__ = [
     "on_config",
     "on_files",
     "on_page_markdown",
+    "on_post_build",
     "on_post_page",
     "page_of",
     "rewritten",
@@ -26,7 +28,9 @@ __all__ = [
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=[)#])")
+PIPE = re.compile(r"`[^`\n]*\\\|[^`\n]*`")  # in tables hosts of code want it escaped within code, and mkdocs does not
 LOADED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']?(?:https?:)?//[^\"'>\s]+")
+ELSEWHERE = re.compile(r"\bhttps?://[^\s<>)\"'`\]]+")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml"}
 
 log = logging.getLogger("mkdocs.hooks.site")
@@ -68,13 +72,19 @@ def rewritten(text: str, source: str) -> str:
         path = places.get(link[1])
         return link[1] if path is None else posixpath.relpath(page_of(path), here or ".")
 
-    return LINK.sub(replace, text)
+    return PIPE.sub(lambda code: code[0].replace("\\|", "|"), LINK.sub(replace, text))
 
 
 def _shown(path: str) -> str:
     text = (ROOT / path).read_text(encoding="utf-8")
+    if path.endswith(".ipynb"):
+        return "\n\n".join(_cell(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"])
     language = LANGUAGES.get(Path(path).suffix, "text")
     return f"---\nsearch:\n  exclude: true\n---\n\n# {path}\n\n~~~~~~ {language}\n{text}\n~~~~~~\n"
+
+
+def _cell(kind: str, text: str) -> str:
+    return text if kind == "markdown" else f"~~~ python\n{text}\n~~~"
 
 
 def _named(nav: Any) -> list[str]:
@@ -119,3 +129,15 @@ def on_post_page(output: str, page: Any, config: Any) -> str:
     for tag in LOADED.findall(output):
         log.warning("%s%s loads from elsewhere: %s", page.file.src_uri, os.linesep, tag)
     return output
+
+
+def on_post_build(config: Any) -> None:
+    """List the addresses elsewhere that pages name; whether they answer is not asked."""
+    found = sorted(
+        {
+            f"{link.rstrip('.,;')} {path.relative_to(ROOT)}"
+            for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("[en]*/*.md")]
+            for link in ELSEWHERE.findall(path.read_text(encoding="utf-8"))
+        }
+    )
+    (Path(config.site_dir) / "links-elsewhere.txt").write_text("\n".join(found) + "\n", encoding="utf-8")
