@@ -2,10 +2,12 @@
 
     python benchmarks/newcomer.py --out FOLDER --machine "two cores of an Intel Xeon, no GPU"
 
-The commands are those of the page, as they stand there, in one shell. FOLDER must not be there yet.
+The commands are those of the page, as they stand there, in one shell. FOLDER must not be there yet. The load is that of
+`uptime`: where it is more than one before, other programs take their share, and the times are too long.
 """
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -31,7 +33,7 @@ def timed(lines: list[str], folder: Path, times: Path) -> list[float]:
     environment |= {"LC_ALL": "C.UTF-8", "TIMES": str(times)}
     subprocess.run(["bash", "-c", script], cwd=folder, env=environment, check=True, stdout=sys.stderr)
     stamps = [float(line) for line in times.read_text().split()]
-    return [end - start for start, end in zip(stamps, stamps[1:], strict=False)]
+    return [end - start for start, end in itertools.pairwise(stamps)]
 
 
 def table(lines: list[str], seconds: list[float]) -> str:
@@ -48,9 +50,11 @@ def main() -> None:
     arguments.out.mkdir(parents=True)
     clone = arguments.out.resolve() / "softvq"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    busy = os.getloadavg()[1]
     lines = commands(PAGE.read_text(encoding="utf-8"))
     seconds = timed(lines, clone, arguments.out.resolve() / "times.txt")
-    print(f"On {arguments.machine}:\n\n{table(lines, seconds)}")
+    busy = f"{busy:.1f} before, {os.getloadavg()[1]:.1f} after"
+    print(f"On {arguments.machine}; load in five minutes {busy}:\n\n{table(lines, seconds)}")
 
 
 if __name__ == "__main__":
