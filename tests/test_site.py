@@ -136,3 +136,10 @@ def test_commands_run_in_one_shell_until_one_fails(tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError):
         newcomer.timed(["false", "touch after"], tmp_path, tmp_path / "more")
     assert not (tmp_path / "after").exists()
+
+
+def test_a_notebook_is_shown_as_text_and_code() -> None:
+    page = hooks._shown("notebooks/tokens.ipynb")
+    assert page.startswith("# Tokens of a photograph\n")
+    assert "\n\n~~~ python\nlengths = [64, 32, 16]" in page
+    assert '"cells"' not in page
