@@ -7,6 +7,9 @@ bin     := .venv/bin
 stamp   := .venv/.installed
 docs    := .venv/.installed-docs
 
+# The tests start Python dozens of times: without bytecode each time would compile what it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help install test lint demo bench docs clean
 
 help:

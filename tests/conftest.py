@@ -6,6 +6,8 @@ import socket
 import pytest
 from hypothesis import HealthCheck, settings
 
+import tests.typechecking  # noqa: F401  # pyproject.toml names it where it cannot be imported
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers must not fight for the cores
