@@ -1,11 +1,21 @@
 """Processes that train together, as torchrun would start them."""
 
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
-from collections.abc import Sequence
+import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+__all__ = ["free_ports", "run_as_ranks"]
+
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(
+    ["pytest", "scipy.linalg", "softvq.commands.train", "softvq.commands.evaluate_generation"]
+)
 
 
 def free_ports(count: int) -> list[int]:
@@ -17,52 +27,45 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def run_as_ranks(code: str, port: int, timeout: float = 240) -> None:
-    """Run Python code in two processes that find each other, and see that both end well."""
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=Path(__file__).parents[1],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=timeout)
-        assert process.returncode == 0, errors.decode()
+def run_as_ranks(
+    function: Callable[..., object], *arguments: Any, count: int = 2, meetings: int = 1, timeout: float = 240
+) -> None:
+    """Call a function of a test module in processes that find each other, and see that all end well.
 
-
-def fork_as_ranks(code: str, counts: Sequence[int], meetings: int, timeout: float = 240) -> None:
-    """Run Python code in some processes that find each other, then in others; what it imports is imported once.
-
-    The first line of the code has the imports, and the rest is what every process does. PORTS are where they may meet,
-    once each: who comes to a port again may find what is left of the last meeting there.
+    They are forked from one process that has imported torch and the package, so that this is waited for once. PORTS is
+    where they may meet, once each, and MASTER_PORT the first of them: who comes to a port again may find what is left
+    of the last meeting there.
     """
-    imports, _, rest = code.partition("\n")
-    launcher = f"""{imports}
-import os, sys, traceback
-for count, ports in {[(count, free_ports(meetings)) for count in counts]}:
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if child == 0:
-            os.environ.update(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", RANK=str(rank), LOCAL_RANK=str(rank))
-            os.environ["PORTS"] = " ".join(map(str, ports))
-            try:
-                {rest}
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    if any(os.waitpid(child, 0)[1] for child in children):
-        sys.exit(1)
-"""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", launcher],
-        cwd=Path(__file__).parents[1], env=environment, stderr=subprocess.PIPE, timeout=timeout, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr.decode()
+    ports = free_ports(meetings)
+    with TemporaryDirectory() as folder:
+        processes = [
+            _PROCESSES.Process(target=_be_rank, args=(rank, count, ports, Path(folder), function, arguments))
+            for rank in range(count)
+        ]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0, end - time.monotonic()))
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+            process.join()
+            process.close()
+        errors = [path.read_text() for path in sorted(Path(folder).iterdir())]
+    assert codes == [0] * count, "\n".join([str(codes), *errors])
+
+
+def _be_rank(
+    rank: int, count: int, ports: list[int], folder: Path, function: Callable[..., object], arguments: tuple[Any, ...]
+) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(WORLD_SIZE=str(count), RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[0]), PORTS=" ".join(map(str, ports)))
+    try:
+        function(*arguments)
+    except BaseException:
+        (folder / f"rank-{rank}").write_text(traceback.format_exc())
+        raise

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from softvq.backbones import load_backbone
+from softvq.cli import main
 from softvq.commands.common import round_trip
 from softvq.data.images import center_crop, read_image, to_image, to_tensor
 from softvq.evaluation.extractors import extractor
@@ -26,7 +28,7 @@ from softvq.files import write_tensors
 from softvq.losses.perceptual import PerceptualDistance
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from tests.program import MODEL, SIZE, Program, contents, make_model, photograph, work_beside
-from tests.ranks import free_ports, run_as_ranks
+from tests.ranks import run_as_ranks
 from tests.test_page import Page
 
 COUNT = 9
@@ -300,11 +302,15 @@ def test_a_damaged_photograph_is_named(program: Program) -> None:
     assert not Path("out").exists()
 
 
+def evaluate_as_rank(folder: Path, arguments: list[str]) -> None:
+    os.chdir(folder)
+    assert main(arguments) == 0
+
+
 def test_two_ranks_write_what_one_would(program: Program, tmp_path: Path) -> None:
     arguments = [*COMMAND, "--perceptual", "none", "--features", f"timm:{NETWORK}=network.safetensors"]
     assert program(*arguments, "--out", "alone").code == 0
-    code = f"import os; os.chdir({str(tmp_path)!r}); from softvq.cli import main; import sys; sys.exit(main("
-    run_as_ranks(f"{code}{[*arguments, '--out', 'both']!r}))", *free_ports(1))
+    run_as_ranks(evaluate_as_rank, tmp_path, [*arguments, "--out", "both"])
     alone, both = result_of("alone"), result_of("both")
     for ours, theirs in zip(alone["rows"], both["rows"], strict=True):
         assert theirs["figures"] == pytest.approx(ours["figures"], rel=1e-4, abs=1e-7)

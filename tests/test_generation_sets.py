@@ -32,15 +32,7 @@ from tests.caches import one_sentence
 from tests.generators import make_generator
 from tests.looking import network, pictures, save_folder, save_npz
 from tests.program import SIZE
-from tests.ranks import free_ports, run_as_ranks
-
-RANKS = """
-from softvq.cli import main
-from softvq.commands import evaluate_generation
-from tests.looking import network
-evaluate_generation.networks_of = lambda features, device, protocol: [network(side=32)]
-assert main({arguments!r}) == 0
-"""
+from tests.ranks import run_as_ranks
 
 
 @pytest.fixture(scope="module")
@@ -77,15 +69,20 @@ def test_images_are_those_of_the_pipeline_whichever_rank_makes_them(pipeline: Ge
         assert torch.equal(torch.cat([batch.pixels for batch in shares]), torch.stack(expected))
 
 
-def test_two_processes_find_what_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def evaluate_as_rank(arguments: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_generation, "networks_of", lambda *_: [network(side=SIZE)])
+        assert main(arguments) == 0
+
+
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     make_generator(tmp_path / "sit")
     for name, count, seed in (("real", 40, 1), ("val", 60, 2)):
         save_folder(tmp_path / name, pictures(count, seed=seed, side=SIZE))
     given = ["evaluate", "generation", str(tmp_path / "sit"), str(tmp_path / "real"), "--n", "23", "--batch-size", "5"]
     given += ["--steps", "1", "--validation", str(tmp_path / "val"), "--device", "cpu"]
-    run_as_ranks(RANKS.format(arguments=[*given, "--out", str(tmp_path / "two")]), free_ports(1)[0])
-    monkeypatch.setattr(evaluate_generation, "networks_of", lambda *_: [network(side=SIZE)])
-    assert main([*given, "--out", str(tmp_path / "one")]) == 0
+    run_as_ranks(evaluate_as_rank, [*given, "--out", str(tmp_path / "two")])
+    evaluate_as_rank([*given, "--out", str(tmp_path / "one")])
     one, two = (json.loads((tmp_path / name / "generation.json").read_text()) for name in ("one", "two"))
     for ours, theirs in zip(one["provenance"]["samples"], two["provenance"]["samples"], strict=True):
         assert ours["pixels"] == theirs["pixels"]

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from softvq.training.generator_run import build_generator, train_generator
 from softvq.training.tracking import read_log
 from tests.generators import CLASSES, KINDS, STEPS, make_cache, quick, run_config
 from tests.program import SIZE, contents, make_photos
-from tests.ranks import free_ports, run_as_ranks
+from tests.ranks import run_as_ranks
 
 LEFT = {"config.yaml", "run.json", "log.jsonl", "status.json", "checkpoints", "generator", ".lock"}
 STATE = f"checkpoints/step-{STEPS:08d}/state.safetensors"
@@ -137,24 +135,20 @@ def test_a_run_that_is_stopped_goes_on_exactly(
     assert contents(tmp_path / "run/generator") == before
 
 
-def train_and_die(root: str, folder: str) -> None:
+def train_and_die(root: Path, folder: Path) -> None:
     """Train every kind in a process of its own, which is killed at its fifth step."""
     for kind in KINDS:
         pid = os.fork()
         if not pid:
             with pytest.MonkeyPatch.context() as patch:
                 stop(patch, 4, signal.SIGKILL)
-                train_generator(run_config(kind, latents=Path(root) / "cache"), Path(folder) / kind)
+                train_generator(run_config(kind, latents=root / "cache"), folder / kind)
             os._exit(0)
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
 
 
 def test_a_run_that_is_killed_goes_on_exactly(root: Path, whole: dict[str, Path], tmp_path: Path) -> None:
-    code = f"from tests import test_generator_run as t; t.train_and_die({str(root)!r}, {str(tmp_path)!r})"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    here = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=here, env=environment, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
+    run_as_ranks(train_and_die, root, tmp_path, count=1)
     for kind in KINDS:
         found = latest(tmp_path / kind)
         assert found is not None
@@ -163,18 +157,16 @@ def test_a_run_that_is_killed_goes_on_exactly(root: Path, whole: dict[str, Path]
         assert outcome(tmp_path / kind) == outcome(whole[kind])
 
 
-def train_as_rank(root: str, folder: str, ports: list[int]) -> None:
-    for kind, port in zip(KINDS, ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        train_generator(run_config(kind, latents=Path(root) / "cache"), Path(folder) / kind)
+def train_as_rank(root: Path, folder: Path) -> None:
+    for kind, port in zip(KINDS, os.environ["PORTS"].split(), strict=True):
+        os.environ["MASTER_PORT"] = port
+        train_generator(run_config(kind, latents=root / "cache"), folder / kind)
 
 
 def test_two_processes_learn_what_one_does(root: Path, whole: dict[str, Path], tmp_path: Path) -> None:
-    ports = free_ports(len(KINDS))
     for kind in KINDS:
         (tmp_path / kind).mkdir()
-    code = f"from tests import test_generator_run as t; t.train_as_rank({str(root)!r}, {str(tmp_path)!r}, {ports})"
-    run_as_ranks(code, ports[0])
+    run_as_ranks(train_as_rank, root, tmp_path, meetings=len(KINDS))
     for kind in KINDS:
         two, one = read_log(tmp_path / kind / "log.jsonl"), read_log(whole[kind] / "log.jsonl")
         assert len(two) == len(one) == STEPS

@@ -12,7 +12,7 @@ from softvq.errors import InputError
 from softvq.evaluation.frechet import moments
 from softvq.evaluation.moments import Moments
 from softvq.training import distributed
-from tests.ranks import free_ports, run_as_ranks
+from tests.ranks import run_as_ranks
 
 
 def cloud(count, dim=5, offset=0.0, seed=0, dtype=torch.float32):
@@ -144,8 +144,7 @@ def add_as_rank(folder):
 
 
 def test_two_processes_together_have_the_moments_of_all(tmp_path):
-    code = f"from tests import test_moments as t; t.add_as_rank({str(tmp_path)!r})"
-    run_as_ranks(code, *free_ports(1))
+    run_as_ranks(add_as_rank, tmp_path)
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["counts"].tolist() == [101, 101, 0]

@@ -22,7 +22,7 @@ from softvq.evaluation.set_features import SetFeatures, set_features
 from softvq.evaluation.set_figures import set_figures
 from softvq.training import distributed
 from tests.looking import DIM, PLACES, SIDE, inception, network, pictures, save_folder, save_npz
-from tests.ranks import free_ports, run_as_ranks
+from tests.ranks import run_as_ranks
 
 COUNT = 90
 REFERENCE = pictures(70, seed=1)
@@ -236,7 +236,7 @@ def test_one_image_is_no_set() -> None:
         features_of(pictures(1))
 
 
-def look_as_rank(folder: str) -> None:
+def look_as_rank(folder: Path) -> None:
     distributed.join(torch.device("cpu"))
     try:
         for count in (2, 3, COUNT + 1):
@@ -248,7 +248,7 @@ def look_as_rank(folder: str) -> None:
 
 
 def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
-    run_as_ranks(f"from tests import test_set_features as t; t.look_as_rank({str(tmp_path)!r})", *free_ports(1))
+    run_as_ranks(look_as_rank, tmp_path)
     for count in (2, 3, COUNT + 1):
         alone = features_of(pictures(count), batch_size=7)
         for rank in range(2):

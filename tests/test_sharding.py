@@ -24,7 +24,7 @@ from softvq.training.tracking import read_log
 from softvq.training.trainer import Trainer
 from tests import family
 from tests.generators import STEPS, make_cache, run_config
-from tests.ranks import fork_as_ranks
+from tests.ranks import run_as_ranks
 
 TOKENIZER: dict[str, dict[str, Any]] = {
     "gan": {"every_flag": True, "ema_lengths": [0.1]},
@@ -133,8 +133,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train everything in one, two and four processes."""
     root = tmp_path_factory.mktemp("sharding")
     make_cache(root)
-    imports = "import pathlib, tests.test_sharding as t"
-    fork_as_ranks(f"{imports}\nt.train_as_rank(pathlib.Path({str(root)!r}))", list(HOW), meetings=6)
+    for count in HOW:
+        run_as_ranks(train_as_rank, root, count=count, meetings=6)
     return root
 
 

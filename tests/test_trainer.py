@@ -4,9 +4,6 @@ import math
 import os
 import resource
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +21,7 @@ from softvq.training.task import Task, split
 from softvq.training.tracking import read_log
 from softvq.training.train_config import TrainConfig
 from softvq.training.trainer import Trainer
+from tests.ranks import run_as_ranks
 
 BATCH = 8
 
@@ -306,22 +304,7 @@ def test_bf16_keeps_weights_and_state_in_float32(tmp_path: Path) -> None:
 
 
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    path = os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parent)))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", f"import test_trainer; test_trainer.train_as_rank({str(tmp_path / 'two')!r})"],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
+    run_as_ranks(train_as_rank, tmp_path / "two")
     trainer(tmp_path / "one", Regression(dropout=0.0), accumulate=2).fit(points)
     ours, one = lines(tmp_path / "two"), lines(tmp_path / "one")
     assert len(ours) == 20
@@ -330,14 +313,14 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
         assert line["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
 
 
-def train_as_rank(run: str) -> None:
+def train_as_rank(run: Path) -> None:
     distributed.join(torch.device("cpu"))
     try:
-        ours = trainer(Path(run), Regression(dropout=0.0), accumulate=2)
+        ours = trainer(run, Regression(dropout=0.0), accumulate=2)
         rank, world_size = ranks.rank(), ranks.world_size()
         ours.fit(lambda start, count: points(start, count, BATCH, rank, world_size))
         weights = {name: value.tolist() for name, value in ours.task.state_dict().items()}
-        (Path(run) / f"rank-{rank}.json").write_text(json.dumps(weights))
+        (run / f"rank-{rank}.json").write_text(json.dumps(weights))
         distributed.wait_for_all()
     finally:
         distributed.leave()

@@ -10,7 +10,7 @@ from softvq import ranks
 from softvq.training import distributed
 from softvq.training.tracking import read_log
 from tests import family
-from tests.ranks import free_ports, run_as_ranks
+from tests.ranks import run_as_ranks
 
 CASES = {name: (quantizer, False) for name, quantizer in family.QUANTIZERS.items()}
 FLAGGED = ("softvq", "kl", "gumbel", "residual-product")
@@ -26,11 +26,11 @@ def train(name: str, folder: Path) -> None:
     trainer.fit(lambda start, steps: family.stream(config, start, steps, rank, count))
 
 
-def train_as_rank(folder: str) -> None:
+def train_as_rank(folder: Path) -> None:
     distributed.join(torch.device("cpu"))
     try:
         for name in CASES:
-            train(name, Path(folder))
+            train(name, folder)
     finally:
         distributed.leave()
 
@@ -39,8 +39,7 @@ def train_as_rank(folder: str) -> None:
 def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train every case in two processes, one case after the other."""
     folder = tmp_path_factory.mktemp("two")
-    code = f"from tests import test_two_processes as t; t.train_as_rank({str(folder)!r})"
-    run_as_ranks(code, *free_ports(1))
+    run_as_ranks(train_as_rank, folder)
     return folder
 
 
