@@ -43,7 +43,7 @@ lint: install
 
 test: lint
 	@echo "== pytest"
-	@$(bin)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	@$(bin)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 demo: install
 	@$(bin)/softvq demo

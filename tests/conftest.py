@@ -19,6 +19,7 @@ settings.load_profile("softvq")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "slow" not in item.keywords)  # so that no worker is left with one at the end
     on_gpu = [item for item in items if "gpu" in item.keywords]
     if not on_gpu:
         return

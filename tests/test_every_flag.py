@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 
@@ -20,11 +21,15 @@ STRESS = {  # what float16 could still hold or just not
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["softvq", "residual-product"])
-def test_two_hundred_updates_stay_finite_under_bf16_and_stress(name: str, tmp_path: Path) -> None:
+def test_two_hundred_updates_stay_finite_under_bf16_and_stress(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = family.recipe(family.QUANTIZERS[name], every_flag=True, precision="bf16", steps=200, batch_size=4)
     ours = family.trainer(config, tmp_path)
     kinds = list(STRESS.values())
     for step in range(200):
+        if step == 4 * len(kinds):  # every kind was there once: no shape of what follows is new
+            monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
         batch = family.pictures(config, step)
         if step % 4 == 3:
             batch = dataclasses.replace(batch, images=kinds[step // 4 % len(kinds)](batch.images))

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 
 import softvq
@@ -16,6 +17,7 @@ from softvq.training.tokenizer_run import train_tokenizer
 PHOTOS = Path(softvq.__file__).parent / "assets/photos/val"
 
 
+@pytest.mark.slow
 def test_the_tiny_preset_brings_a_handful_of_photographs_above_25_db(tmp_path: Path) -> None:
     """Train on six bundled photographs and reconstruct the same six."""
     photos = tmp_path / "photos"

@@ -26,6 +26,7 @@ from tests import family
 from tests.generators import STEPS, make_cache, run_config
 from tests.ranks import run_as_ranks
 
+pytestmark = pytest.mark.slow
 TOKENIZER: dict[str, dict[str, Any]] = {
     "gan": {"every_flag": True, "ema_lengths": [0.1]},
     "muon": {"accumulate": 2, "activation_checkpointing": True},

@@ -12,6 +12,7 @@ from softvq.training.tracking import read_log
 from tests import family
 from tests.ranks import run_as_ranks
 
+pytestmark = pytest.mark.slow
 CASES = {name: (quantizer, False) for name, quantizer in family.QUANTIZERS.items()}
 FLAGGED = ("softvq", "kl", "gumbel", "residual-product")
 CASES |= {f"{name}-every-flag": (family.QUANTIZERS[name], True) for name in FLAGGED}
