@@ -21,7 +21,17 @@ import yaml
 
 from softvq.errors import InputError
 
-__all__ = ["apply_overrides", "flat", "from_dict", "merged", "read_json", "read_yaml", "to_dict", "to_yaml"]
+__all__ = [
+    "apply_overrides",
+    "check_finite",
+    "flat",
+    "from_dict",
+    "merged",
+    "read_json",
+    "read_yaml",
+    "to_dict",
+    "to_yaml",
+]
 
 T = TypeVar("T")
 MAX_CONFIG_BYTES = 1 << 20
@@ -169,6 +179,23 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
             value = merged(group, value) if same_kind else value
         result[name] = value
     return result
+
+
+def check_finite(config: Any) -> None:
+    """Refuse a config with a number that is infinite or none at all, which a lower bound alone would let pass.
+
+    Files cannot hold one; code can.
+
+    Args:
+        config: A dataclass; what it holds in groups of its own is not looked at.
+
+    Raises:
+        InputError: With the name of the field.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{field.name} is {value}, expected a finite number")
 
 
 def _build(expected: Any, value: Any, where: str, field: str) -> Any:

@@ -1,11 +1,13 @@
 """Configs: every way to get one wrong is one sentence, and what is written is what is read."""
 
 import contextlib
+import dataclasses
 import json
 import math
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -362,3 +364,33 @@ def test_any_text_reads_or_is_an_input_error(text: str, tmp_path_factory: pytest
     for read in (read_yaml, read_json):
         with contextlib.suppress(InputError):  # anything else is a traceback for the user
             assert isinstance(read(path), dict)
+
+
+def configs_in(kind: Any, found: dict[type, None]) -> dict[type, None]:
+    """Collect the dataclasses that a recipe may hold."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and kind not in found:
+        found[kind] = None
+        for hint in typing.get_type_hints(kind).values():
+            configs_in(hint, found)
+    for part in typing.get_args(kind):
+        configs_in(part, found)
+    return found
+
+
+def test_no_number_of_any_config_is_infinite_or_none_at_all() -> None:
+    from softvq.training.generator_recipe import GeneratorRunConfig
+    from softvq.training.tokenizer_recipe import TokenizerRunConfig
+
+    count = 0
+    for kind in configs_in(GeneratorRunConfig, configs_in(TokenizerRunConfig, {})):
+        needed = {f.name: 8 for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
+        for name, hint in typing.get_type_hints(kind).items():
+            if hint not in (float, float | None, tuple[float, ...], tuple[float, float]):
+                assert "float" not in str(hint), f"{kind.__name__}.{name} is not looked at"
+                continue
+            for value in (math.inf, -math.inf, math.nan):
+                given = value if hint in (float, float | None) else (value, value)
+                with pytest.raises(InputError, match=name):
+                    kind(**{**needed, name: given})
+                count += 1
+    assert count > 100

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from softvq.backbones import load_backbone
+from softvq.config import check_finite
 from softvq.errors import InputError
 from softvq.losses.perceptual import feature_distance
 
@@ -36,6 +37,7 @@ class SemanticConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
+        check_finite(self)
         if not self.weight > 0:
             raise InputError(f"weight is {self.weight}, expected more than 0; leave semantic out to train without")
         if not self.layers:

@@ -16,6 +16,7 @@ from timm.layers import LayerNorm, PatchEmbed, build_sincos2d_pos_embed, resampl
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from softvq.config import check_finite
 from softvq.errors import InputError
 
 __all__ = ["ConvHead", "FeatureDecoder", "ViTConfig", "ViTDecoder", "ViTEncoder", "load_timm_weights"]
@@ -43,6 +44,7 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be built."""
+        check_finite(self)
         bounds = (("width", self.width, 8192), ("depth", self.depth, 128), ("num_heads", self.num_heads, 256))
         for name, value, most in bounds:
             if not 1 <= value <= most:

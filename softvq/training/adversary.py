@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from softvq.config import check_finite
 from softvq.errors import InputError
 from softvq.losses.adversarial import LeCam, consistency_loss, discriminator_loss, generator_loss
 from softvq.losses.augment import augment
@@ -64,6 +65,7 @@ class AdversarialConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
+        check_finite(self)
         if not self.weight > 0:
             raise InputError(f"weight is {self.weight}, expected more than 0; leave adversarial out to train without")
         for name in ("start", "warmup_steps", "lecam_weight", "consistency_weight"):

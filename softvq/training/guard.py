@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from softvq.config import check_finite
 from softvq.errors import InputError, RunError
 from softvq.training import distributed
 from softvq.training.optim import copy_named
@@ -43,6 +44,7 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
+        check_finite(self)
         if self.spike_factor is not None and not self.spike_factor > 1:
             raise InputError(f"spike_factor is {self.spike_factor}, expected more than 1, or null")
         if self.max_bad_updates < 1:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from softvq.config import check_finite
 from softvq.errors import InputError, RunError
 from softvq.training import sharding
 from softvq.training.sharded_muon import ShardedMuon
@@ -41,6 +42,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
+        check_finite(self)
         if not self.lr > 0:
             raise InputError(f"lr is {self.lr}, expected a positive number")
         if not all(0 <= beta < 1 for beta in self.betas):

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from softvq.backbones import FrozenBackbone
+from softvq.config import check_finite
 from softvq.data.folder import Batch
 from softvq.errors import InputError
 from softvq.losses.adversarial import adaptive_weight
@@ -48,6 +49,7 @@ class FeatureConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
+        check_finite(self)
         if not self.weight >= 0:
             raise InputError(f"weight is {self.weight}, expected at least 0")
         if self.decoder.pretrained is not None:
@@ -88,6 +90,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
+        check_finite(self)
         if not self.perceptual_weight >= 0:
             raise InputError(f"perceptual_weight is {self.perceptual_weight}, expected at least 0")
         for name in ("perceptual_start", "perceptual_warmup_steps", "anneal_steps"):
