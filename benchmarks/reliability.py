@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from softvq.config import to_yaml
 from softvq.training.checkpoint import latest, verify
-from tests.reliability import campaigns, harness, power
+from tests.reliability import campaigns, disk, harness, power, ranks
 from tests.security import campaigns as hostile
 
 Row = tuple[str, str, str, bool]
@@ -61,7 +61,7 @@ def faults(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
     right = stopped_after_every_step(folder, whole)
     asked = f"{harness.STEPS - 1}/{harness.STEPS - 1} identical"
     yield "stopped after every step", asked, f"{right}/{harness.STEPS - 1}", right == harness.STEPS - 1
-    found = campaigns.elastic(folder)
+    found = ranks.elastic(folder)
     reached = f"{'identical' if found['identical'] else 'different'}, {found['apart_from_one_process']:.1e} from one"
     ok = found["identical"] and found["codes"][1][0] == [3, -9] and found["apart_from_one_process"] <= 1e-5
     yield "one rank of two killed: the other ends, both restart", "identical, <= 1e-5 from one process", reached, ok
@@ -142,21 +142,21 @@ def environments(folder: Path, whole: harness.Reference) -> Iterator[Row]:
 def files(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
     """Yield a row for each fault of checkpoints on disk."""
     count = arguments.corruptions
-    found = campaigns.corruptions(folder, count)
+    found = disk.corruptions(folder, count)
     reached = f"{found['detected']}/{count} detected, {found['fell_back']}/{count} fell back"
     ok = found["detected"] == found["fell_back"] == count
     yield "one byte of a checkpoint changed", f"{count}/{count}, the one before is used", reached, ok
-    found = campaigns.cuts(folder, 100)
+    found = disk.cuts(folder, 100)
     yield (
         "checkpoint files cut, emptied, deleted",
         "all detected",
         f"{found['detected']}/{found['cut']}",
         (found["detected"] == found["cut"]),
     )
-    found = campaigns.crashes(folder)
+    found = disk.crashes(folder)
     ok = found["survived"] == found["places"] and found["never_back_and_forth"]
     yield "crash at every file-system call of a save", "0 lost", f"{found['survived']}/{found['places']} survived", ok
-    found = campaigns.flaky_disk(folder)
+    found = disk.flaky_disk(folder)
     ok = found["survived"] == found["places"]
     yield "EIO at every file-system call of a save", "0 lost", f"{found['survived']}/{found['places']} survived", ok
     states = arguments.power_states
@@ -168,9 +168,9 @@ def files(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
         reached,
         (found["survived"] == states),
     )
-    found = campaigns.full_disk(folder, 20)
+    found = disk.full_disk(folder, 20)
     yield "disk full in a save", "20/20 keep the last", f"{found['survived']}/20", found["survived"] == 20
-    found = campaigns.leaks(folder, 200)
+    found = disk.leaks(folder, 200)
     reached = f"{found['handles']} handles, {found['threads']} threads, {found['mebibytes']:+.1f} MiB"
     yield "200 saves", "nothing left open", reached, (found["handles"], found["threads"]) == (0, 0)
 

@@ -16,6 +16,9 @@ import softvq
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "softvq"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+OTHERS = sorted(
+    path for name in ("tests", "benchmarks", "experiments", "scripts") for path in (ROOT / name).rglob("*.py")
+)
 HEAVY = {"torch", "torchvision", "timm", "torchmetrics", "numpy", "scipy", "PIL", "huggingface_hub", "tensorboard"}
 TEXT_SUFFIXES = {".cff", ".md", ".py", ".toml", ".txt", ".yaml", ".yml", ""}
 
@@ -137,7 +140,7 @@ def test_modules_say_what_they_offer(path: Path) -> None:
                     assert ast.get_docstring(method), f"{name_of(path)}: {node.name}.{method.name} has no docstring"
 
 
-@pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "tests").glob("*.py"))], ids=name_of)
+@pytest.mark.parametrize("path", [*MODULES, *OTHERS], ids=name_of)
 def test_sizes(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
     for node in ast.walk(tree_of(path)):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tests.reliability import campaigns, harness
+from tests.reliability import campaigns, harness, ranks
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -16,6 +16,6 @@ if __name__ == "__main__":
         "kills": campaigns.kills(folder, whole, kills),
         "terminations": campaigns.terminations(folder, whole, stops),
         "signals": campaigns.signals(folder, whole),
-        "elastic": campaigns.elastic(folder),
+        "elastic": ranks.elastic(folder),
     }
     print(json.dumps(found))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from softvq.training.checkpoint import recover, save
-from tests.reliability.campaigns import Figures, holds, run_with, tensors
+from tests.reliability.disk import Figures, holds, run_with, tensors
 
 
 @dataclasses.dataclass(frozen=True)
