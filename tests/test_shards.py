@@ -155,6 +155,24 @@ def test_an_index_that_does_not_fit_is_made_anew(tmp_path: Path) -> None:
     assert list(open_shards(str(path)).names) == whole[::-1]
 
 
+@pytest.mark.parametrize("told", [{"ETag": "1"}, {"LastModified": 1}, {"mtime": 1.5}])
+def test_labels_of_a_shard_that_changed_on_its_server_are_read_anew(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, told: dict[str, object]
+) -> None:
+    """The same pictures at the same places in as many bytes, so that nothing but the server's word tells."""
+    memory = fsspec.filesystem("memory")
+    info = type(memory).info
+    monkeypatch.setattr(type(memory), "info", lambda *given, **more: {**info(*given, **more), **told, "created": 0})
+    for label in (b"3", b"5"):
+        path = write_tar(tmp_path / "a.tar", [("a.png", picture(0)), ("a.cls", label)])
+        memory.pipe("/labels/a.tar", path.read_bytes())
+        told = {name: f"{value}0" for name, value in told.items()}
+        for _ in range(2):
+            assert open_shards("memory://labels").labels == [int(label)]
+        assert len(list(cache.rglob(f"*{INDEX_SUFFIX}"))) == 1
+    memory.rm("/labels", recursive=True)
+
+
 def test_a_shard_that_changes_while_it_is_read_is_told(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [(f"{seed}.png", picture(seed)) for seed in range(3)])
     source = open_shards(str(path))

@@ -34,6 +34,9 @@ MANIFEST_FORMAT = "softvq-shards-1"
 MAX_SHARDS = 100_000
 MAX_SHARD_BYTES = 1 << 40
 MAX_INDEX_BYTES = 1 << 31
+VERSIONS = ("etag", "contentmd5", "md5hash", "md5", "crc32c", "checksum", "digest", "blobid", "generation")
+VERSIONS += ("lastmodified", "modified", "mtime", "updated", "created")
+"""What file systems call that which changes when a file does, the clock's last."""
 BLOCK = 512
 REMOTE_THREADS = 8
 RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
@@ -226,11 +229,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _index(shard: str) -> ShardIndex:
-    size = _size(shard)
+    size, version = _size_and_version(shard)
     if size > MAX_SHARD_BYTES:
         raise InputError(f"{shard}: has {size:,} bytes, expected at most {MAX_SHARD_BYTES:,}; pack smaller shards")
-    places = [_cached_index(shard)] if _is_url(shard) else [Path(shard + INDEX_SUFFIX), _cached_index(shard)]
-    if _is_url(shard) and not places[0].is_file():
+    places = [_cached_index(shard, version)]
+    if not _is_url(shard):
+        places.insert(0, Path(shard + INDEX_SUFFIX))
+    elif not places[0].is_file():
+        before = _cached_index(shard, "").name.replace(".", "*.", 1)  # of what the shard was
+        for old in places[0].parent.glob(before):
+            old.unlink(missing_ok=True)
         _fetch_index(shard, places[0])
     for place in places:
         index = read_index(place, size) if place.is_file() else None
@@ -254,15 +262,18 @@ def _fits(shard: str, place: Path, index: ShardIndex) -> bool:
     return all(zlib.crc32(_read(shard, entry.offset - BLOCK, BLOCK)) == entry.header for entry in entries)
 
 
-def _cached_index(shard: str) -> Path:
+def _cached_index(shard: str, version: str) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = shard if _is_url(shard) else str(Path(shard).resolve())
-    return root / "softvq" / "shards" / f"{hashlib.sha256(os.fsencode(name)).hexdigest()}{INDEX_SUFFIX}"
+    stem = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return root / "softvq" / "shards" / f"{stem}{version and f'-{version}'}{INDEX_SUFFIX}"
 
 
 def _index_place(shard: str) -> str:
     beside = Path(shard + INDEX_SUFFIX)
-    return str(beside if not _is_url(shard) and beside.exists() else _cached_index(shard))
+    return str(
+        beside if not _is_url(shard) and beside.exists() else _cached_index(shard, "*" if _is_url(shard) else "")
+    )
 
 
 def _fetch_index(shard: str, place: Path) -> None:
@@ -279,15 +290,19 @@ def _fetch_index(shard: str, place: Path) -> None:
         write_bytes(place, data)
 
 
-def _size(shard: str) -> int:
+def _size_and_version(shard: str) -> tuple[int, str]:
+    """Return a shard's bytes and, of one on a server, digits that change when it does, if the server tells any."""
     if not _is_url(shard):
-        return Path(shard).stat().st_size
+        return Path(shard).stat().st_size, ""
     with _told(shard):
         files, path = _file_system(shard)
-        size = files.size(path)
+        info = files.info(path)
+        size = info.get("size")
         if size is None:
             raise InputError(f"{shard}: the server does not tell its size, which reading at random needs; copy it here")
-        return size
+    told = {re.sub(r"[^a-z0-9]", "", str(name).lower()): value for name, value in info.items() if value is not None}
+    found = next((f"{name}={told[name]}" for name in VERSIONS if name in told), None)  # one: listings tell fewer
+    return size, "" if found is None else hashlib.sha256(found.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -315,6 +330,7 @@ def _remote_files(url: str) -> list[str]:
         return [url]
     with _told(url):
         files, path = _file_system(inner)
+        files.invalidate_cache()  # a listing of before would hide what changed
         pattern = path if path.lower().endswith(".tar") else path.rstrip("/") + "/*.tar"
         return [caches + chained + files.unstrip_protocol(each) for each in sorted(files.glob(pattern))]
 
