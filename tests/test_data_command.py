@@ -1,7 +1,9 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,23 @@ def test_packing_makes_the_same_bytes_wherever_it_goes_on(program: Program) -> N
     Path("first/shard-000002.tar").unlink()
     assert pack_folder("photos", "first", SMALL).made == 1
     assert contents(Path("first")) == whole
+
+
+def test_packing_goes_on_with_photographs_as_they_are_now(program: Program) -> None:
+    """One is replaced by another of the same name and size."""
+    make_photos(Path("photos"), tuple(f"{i}.png" for i in range(6)))
+    first = pack_folder("photos", "out", SMALL)
+    assert pack_folder("photos", "out", SMALL).made == 0
+    data = bytearray(Path("photos/2.png").read_bytes())
+    data[-1] ^= 1
+    Path("new.png").write_bytes(data)
+    os.utime("new.png", (0, 0))  # moved here from elsewhere, its time of writing says nothing
+    time.sleep(0.02)
+    Path("new.png").replace("photos/2.png")
+    again = pack_folder("photos", "out", SMALL)
+    assert (again.shards, again.made) == (first.shards, 1)
+    pack_folder("photos", "anew", SMALL)
+    assert contents(Path("out")) == contents(Path("anew"))
 
 
 KILLED = """

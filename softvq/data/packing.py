@@ -5,6 +5,7 @@ folder. The manifest is written after every shard; whoever was interrupted goes 
 """
 
 import dataclasses
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
@@ -186,7 +187,7 @@ def _pack(
     for number, numbers in enumerate(watch(shards)):
         path = out / f"shard-{number:06d}.tar"
         known = before.pop(path.name, None)
-        entry = None if known is None else _found(path, known)
+        entry = None if known is None or _changed(source, numbers, path) else _found(path, known)
         if entry is None:
             entry, made = _made(source, numbers, path), made + 1
             _note(out, head, [*done, entry, *before.values()], complete=False)
@@ -209,12 +210,25 @@ def _found(path: Path, known: dict[str, Any]) -> dict[str, Any] | None:
     return known
 
 
+def _changed(source: FolderSource, numbers: range, path: Path) -> bool:
+    """Whether a photograph was written or replaced after its shard was begun, though its size is as before."""
+    try:
+        begun = path.stat().st_mtime_ns
+        seen = [source.path(number).stat() for number in numbers]
+    except OSError:
+        return True
+    return any(max(each.st_mtime_ns, each.st_ctime_ns) > begun for each in seen)
+
+
 def _made(source: FolderSource, numbers: range, path: Path) -> dict[str, Any]:
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        for number in numbers:
-            data = _data(source.path(number))
-            file.write(_header(source.names[number], len(data)) + data + bytes(-len(data) % BLOCK))
-        file.write(bytes(-(file.tell() + 2 * BLOCK) % tarfile.RECORDSIZE + 2 * BLOCK))
+    with replacing(path) as temporary:
+        with temporary.open("wb") as file:
+            begun = os.fstat(file.fileno()).st_mtime_ns
+            for number in numbers:
+                data = _data(source.path(number))
+                file.write(_header(source.names[number], len(data)) + data + bytes(-len(data) % BLOCK))
+            file.write(bytes(-(file.tell() + 2 * BLOCK) % tarfile.RECORDSIZE + 2 * BLOCK))
+        os.utime(temporary, ns=(begun, begun))  # for `_changed`
     _write_index(path)
     return {"file": path.name, "pictures": len(numbers), "bytes": path.stat().st_size, "sha256": sha256(path)}
 
