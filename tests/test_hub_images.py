@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from softvq.data.folder import DataConfig, PhotoFolder, batches
+from softvq.data.hub_images import _parquet
 from softvq.data.images import read_image
 from softvq.data.sources import fingerprint_of, open_source
 from softvq.errors import InputError
@@ -78,6 +79,19 @@ def test_splits_and_columns_can_be_chosen(made: Path) -> None:
     assert (source.classes, source.labels) == (["c0", "c1", "c2"], LABELS)
     others = {fingerprint_of(open_source(f"hf:{made}/disk{fields}")) for fields in ("", ":::plain", ":::text")}
     assert len(others) == 3
+
+
+@pytest.mark.parametrize("split", ["train", "test", "train_extra", None])
+def test_splits_whose_names_begin_alike_are_apart(made: Path, tmp_path: Path, split: str | None) -> None:
+    whole = {"train": ["train-00000-of-00002-a09b74b3ef9c3b56", "train/0001"], "test": ["test"]}
+    whole |= {"train_extra": ["train_extra-00000-of-00001", "train_extra_2"], "training": ["training"]}
+    for stems in whole.values():
+        for stem in stems:
+            (tmp_path / stem).parent.mkdir(exist_ok=True)
+            (tmp_path / f"{stem}.parquet").touch()
+    found = {path.relative_to(tmp_path).as_posix().removesuffix(".parquet") for path in _parquet(tmp_path, split)}
+    assert found == set(whole[split or "train"])
+    assert _parquet(tmp_path, "trai") == []
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

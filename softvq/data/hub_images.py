@@ -15,6 +15,8 @@ __all__ = ["HubImages", "open_hub_images"]
 FIELDS = ("NAME", "SPLIT", "IMAGE_COLUMN", "LABEL_COLUMN")
 LABELS = ("label", "labels", "fine_label")
 ROWS = 4096
+PARTS = r"(?:[-_. ]*(?:\d+|of|part|shard|chunk|[0-9a-f]{12,}))*"
+"""What may stand between the name of a split and the suffix, as in `train-00000-of-00002`; `train_extra` is another."""
 
 
 def open_hub_images(where: str) -> "HubImages":
@@ -115,11 +117,14 @@ def _from_hub(name: str, split: str | None) -> Any:
 
 
 def _parquet(path: Path, split: str | None) -> list[Path]:
-    """Return the files of a table; in a folder those whose names begin with the split, if any do."""
+    """Return the files of a table; in a folder those that are named after the split or lie in its folder, if any do."""
     if path.suffix == ".parquet" and path.is_file():
         return [path]
     found = sorted(path.rglob("*.parquet")) if path.is_dir() else []
-    return [file for file in found if file.name.startswith(split or "train")] or ([] if split else found)
+    wanted = re.escape(split or "train")
+    named = re.compile(rf"(?:.*/)?{wanted}(?:/.*|{PARTS}\.parquet)", re.DOTALL)
+    chosen = [file for file in found if named.fullmatch(file.relative_to(path).as_posix())]
+    return chosen or ([] if split else found)
 
 
 def _image_column(where: str, table: Any, wanted: str | None) -> str:
