@@ -82,6 +82,28 @@ def test_sparse_members_are_passed_over(here: Path) -> None:
     assert "1 devices, pipes or sparse files" in source.remarks[0]
 
 
+def holes(kind: str, size: int) -> bytes:
+    """Return an archive with a sparse file whose list of holes is `size` bytes."""
+    if kind == "old":  # in blocks after the header, each of which says that there is another
+        header = bytearray(member("holes.png", tarfile.GNUTYPE_SPARSE).tobuf(tarfile.GNU_FORMAT))
+        header[482] = 1
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        block = b"%011o\0%011o\0" % (1, 1) * 21 + b"\1" + bytes(7)
+        return bytes(header) + block * (size // 512) + bytes(10240)
+    entry = member("holes.png", size=size)  # as numbers, in lines, where the data begins
+    entry.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "holes.png"}
+    return entry.tobuf(tarfile.PAX_FORMAT) + b"99999999\n" + b"1\n" * (size // 2) + bytes(10240)
+
+
+@pytest.mark.parametrize("kind", ["old", "new"])
+def test_a_list_of_holes_without_end_takes_no_memory(here: Path, kind: str) -> None:
+    """tarfile would make pairs of numbers of it, many times as large."""
+    path = here / "holes.tar"
+    path.write_bytes(holes(kind, 1 << 23))
+    refused(path, "headers of more than 1,048,576 bytes before one member")
+
+
 def test_an_archive_cut_short_anywhere_is_refused_or_whole(here: Path) -> None:
     whole = write_tar(here / "a.tar", [(f"{seed}.png", picture(seed)) for seed in range(3)])
     data = whole.read_bytes()

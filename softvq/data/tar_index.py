@@ -26,6 +26,8 @@ __all__ = ["NO_LABEL", "Entry", "ShardIndex", "Texts", "index_of", "read_index",
 FORMAT = "softvq-shard-index-1"
 BLOCK = tarfile.BLOCKSIZE
 MAX_HEADER_BYTES = 1 << 20
+MAX_HEADERS_BYTES = 1 << 20
+"""Of one member: an old GNU archive may describe the holes of a sparse file in blocks without end."""
 MAX_NAME_BYTES = 4096
 MAX_MEMBERS = 20_000_000
 MAX_LABEL_BYTES = 1 << 16
@@ -214,6 +216,7 @@ def _members(file: File, shard_bytes: int, title: str) -> Iterator[tarfile.TarIn
         with tarfile.open(fileobj=bounded, mode="r:", encoding="utf-8", errors="surrogateescape") as opened:
             archive: Any = opened
             for _ in range(MAX_MEMBERS):
+                bounded.left = MAX_HEADERS_BYTES
                 member = archive.next()
                 if member is None:
                     break
@@ -247,12 +250,15 @@ class _Bounded:
     """A file that tarfile may not read much of at once: an extended header may claim any size."""
 
     def __init__(self, file: File) -> None:
-        self.seek, self.tell, self._file = file.seek, file.tell, file
+        self.seek, self.tell, self._file, self.left = file.seek, file.tell, file, MAX_HEADERS_BYTES
 
     def read(self, size: int) -> bytes:
         """Read as the file does, but no more than a header can be."""
         if not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
+        self.left -= size
+        if self.left < 0:
+            raise tarfile.ReadError(f"headers of more than {MAX_HEADERS_BYTES:,} bytes before one member")
         return self._file.read(size)
 
 
