@@ -5,6 +5,7 @@ Nothing heavy is imported here: `softvq --help` answers before torch would have 
 
 import argparse
 import contextlib
+import errno
 import importlib
 import os
 import signal
@@ -26,6 +27,9 @@ from softvq.arguments.training import add_cache, add_compare, add_train
 from softvq.errors import InputError, Interrupted, RunError
 
 __all__ = ["main"]
+
+UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ, errno.ENOTDIR, errno.EACCES)
+"""What is wrong with a name that was given, not with work that began well."""
 
 EPILOG = """\
 exit codes: 0 done, 2 bad input, 3 failed midway, 75 interrupted and resumable
@@ -76,6 +80,8 @@ def _explain(error: Exception) -> tuple[int, str]:
         return RunError.exit_code, "a data worker died, often for want of memory; lower num_workers and resume"
     if isinstance(error, OSError):
         name = f"{error.filename}: " if error.filename else ""
+        if name and error.errno in UNUSABLE:
+            return InputError.exit_code, f"{name}cannot be used ({error.strerror}); check the name and its permissions"
         return RunError.exit_code, f"{name}{error.strerror or error}"
     return 1, (
         f"{type(error).__name__}: {error} - this is a mistake in softvq, please report it; "

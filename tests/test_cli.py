@@ -102,6 +102,9 @@ def test_overrides_may_stand_anywhere(program: Program, tmp_path: Path, monkeypa
     assert sorted(seen[0].overrides) == ["a=1", "b.c=2", "d=3", "e="]
 
 
+USED = "softvq: aa: cannot be used (Too long)"
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
@@ -110,6 +113,7 @@ def test_overrides_may_stand_anywhere(program: Program, tmp_path: Path, monkeypa
         (Interrupted("stopped at step 3"), 75, "softvq: stopped at step 3\n"),
         (KeyboardInterrupt(), 130, "softvq: stopped by the keyboard\n"),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), 3, "softvq: a/b: No space left on device\n"),
+        (OSError(errno.ENAMETOOLONG, "Too long", "aa"), 2, f"{USED}; check the name and its permissions\n"),
         (OSError(errno.EIO, "Input/output error"), 3, "softvq: Input/output error\n"),
         (InputError("a\nb\x1b[31m\tc"), 2, "softvq: a b [31m c\n"),
     ],
