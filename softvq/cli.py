@@ -77,7 +77,7 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without its import
         return RunError.exit_code, "out of memory; give a smaller --batch-size or --size, or another --device"
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):  # from torch's signal handler
-        return RunError.exit_code, "a data worker died, often for want of memory; lower num_workers and resume"
+        return RunError.exit_code, "a data worker died, often for want of memory; lower --workers and go on"
     if isinstance(error, OSError):
         name = f"{error.filename}: " if error.filename else ""
         if name and error.errno in UNUSABLE:

@@ -221,27 +221,48 @@ def test_a_folder_without_one_good_image_stops_the_run(root: Path, num_workers: 
 
 
 DEADLY = """
-import os, signal, sys
+import os, signal, sys, time, warnings
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Loaded
 from softvq.cli import _explain
 from softvq.data.folder import DataConfig, PhotoFolder, batches
+Loaded._try_get_data.__defaults__ = (0.2,)  # seconds until workers are looked after; torch has 5
 
 class Deadly(PhotoFolder):
-    def sample(self, position):
-        if position >= 8:
+    def sample(self, position):  # the first of each step lets its worker die, as often as is asked
+        mark = f"{sys.argv[2]}/{position // 4}"
+        deaths = len(os.listdir(sys.argv[2]))
+        if position in (8, 12) and deaths < int(os.environ["DEATHS"]):
+            open(f"{mark}-{deaths}", "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().sample(position)
 
-try:
-    list(batches(Deadly(sys.argv[1], 16, DataConfig(), seed=0), 4, 0, 5, 1))
-except Exception as error:
-    print(*_explain(error))
+whole = list(batches(PhotoFolder(sys.argv[1], 16, DataConfig(), seed=0), 4, 0, 5, 0))
+for deaths in (3, 99):
+    os.environ["DEATHS"] = str(deaths)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = []
+        try:
+            for batch in batches(Deadly(sys.argv[1], 16, DataConfig(), seed=0), 4, 0, 5, 2):
+                found.append(batch)
+                sum(range(300_000))  # in which nothing may be raised
+        except Exception as error:
+            print(*_explain(error))
+    print(len(found), all(a.images.equal(b.images) for a, b in zip(found, whole)))
+    print(len([each for each in told if "others take its place" in str(each.message)]))
 """
 
 
-def test_a_dead_worker_is_one_sentence(root: Path) -> None:
-    """In a process of its own: torch tells of a dead worker from a signal handler, in whatever line it meets."""
-    result = subprocess.run([sys.executable, "-c", DEADLY, root], capture_output=True, text=True, check=False)
-    assert result.stdout.startswith("3 a data worker died")
+def test_dead_workers_are_replaced_where_they_were(root: Path, tmp_path: Path) -> None:
+    """In a process of its own, which has nothing but these children; two workers may die at once."""
+    (tmp_path / "marks").mkdir()
+    command = [sys.executable, "-c", DEADLY, root, tmp_path / "marks"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    whole, replaced, sentence, part, often = result.stdout.splitlines()
+    assert whole == "5 True", result.stderr
+    assert part in ("0 True", "1 True", "2 True")  # with a worker goes what it has not handed over yet
+    assert 1 <= int(replaced) <= int(often) == 3
+    assert sentence.startswith("3 data workers died 4 times, often for want of memory")
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

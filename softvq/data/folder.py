@@ -6,9 +6,10 @@ nor on where a run was started. Resuming is asking for a later step.
 
 import dataclasses
 import signal
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -33,6 +34,8 @@ from softvq.randomness import generator
 __all__ = ["Batch", "DataConfig", "PhotoFolder", "Sample", "batches"]
 
 NAMES_SHOWN = 5
+RESTARTS = 3
+"""How often data workers that died are replaced in one run; more often it is no accident."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,28 +249,52 @@ def batches(
 
     Raises:
         InputError: If `batch_size` cannot be shared out.
-        RunError: If more than `max_bad_fraction` of the files were met and found unreadable, or a worker died.
+        RunError: If more than `max_bad_fraction` of the files were met and found unreadable, or workers died again and again.
     """
     if batch_size < 1 or batch_size % world_size:
         raise InputError(f"batch_size is {batch_size}, expected a positive multiple of the {world_size} processes")
     assert 0 <= rank < world_size, f"rank is {rank} of {world_size}"
-    loader = DataLoader(
-        _Steps(folder=folder, batch_size=batch_size, rank=rank, world_size=world_size),
-        batch_size=None,
-        sampler=range(start_step, start_step + num_steps),
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_interrupts_to_parent,
-        generator=torch.Generator(),  # else it draws from the global one
-    )
-    return _checked(iter(loader), folder)
+    steps = _Steps(folder=folder, batch_size=batch_size, rank=rank, world_size=world_size)
+
+    def load(step: int) -> Iterator[Batch | RunError]:
+        before = signal.getsignal(signal.SIGCHLD)
+        loader = DataLoader(
+            steps,
+            batch_size=None,
+            sampler=range(step, start_step + num_steps),
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_interrupts_to_parent,
+            generator=torch.Generator(),  # else it draws from the global one
+        )
+        loaded = iter(loader)
+        if before is not None and signal.getsignal(signal.SIGCHLD) is not before:
+            # torch's would tell of a dead worker in the middle of an update; asking for a batch tells as well
+            signal.signal(signal.SIGCHLD, before)
+        return loaded
+
+    return _checked(load, load(start_step), start_step, folder)
 
 
-def _checked(loaded: Iterator[Batch | RunError], folder: PhotoFolder) -> Iterator[Batch]:
+def _checked(
+    load: Callable[[int], Iterator[Batch | RunError]], loaded: Iterator[Any], step: int, folder: PhotoFolder
+) -> Iterator[Batch]:
     bad: set[str] = set()
+    died = 0
     try:
         while True:
-            batch = _next(loaded)
+            try:
+                batch = next(loaded, None)
+            except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+                if type(error) is RuntimeError and "DataLoader worker" not in str(error):
+                    raise
+                died += 1
+                if died > RESTARTS:
+                    reason = f"data workers died {died} times, often for want of memory; lower num_workers and resume"
+                    raise RunError(reason) from error
+                warnings.warn(f"a data worker died before step {step + 1}; others take its place", stacklevel=2)
+                loaded = load(step)
+                continue
             if batch is None:
                 return
             if isinstance(batch, RunError):
@@ -275,17 +302,9 @@ def _checked(loaded: Iterator[Batch | RunError], folder: PhotoFolder) -> Iterato
             bad.update(batch.skipped)
             folder.check_bad(bad)
             yield batch
+            step += 1
     finally:
-        del loaded  # ends the workers now: one that died later would raise wherever the program is by then
-
-
-def _next(loaded: Iterator[Batch | RunError]) -> Batch | RunError | None:
-    try:
-        return next(loaded, None)
-    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-        if type(error) is RuntimeError and "DataLoader worker" not in str(error):
-            raise
-        return RunError("a data worker died, often for want of memory; lower num_workers and resume")
+        del loaded  # ends the workers now
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
