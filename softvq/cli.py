@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from softvq import __version__
+from softvq.arguments.app import add_app
 from softvq.arguments.codec import add_codec
 from softvq.arguments.data import add_data
 from softvq.arguments.evaluation import add_evaluate
@@ -148,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     add_serve(commands)
     add_tokenizers(commands)
     add_export(commands)
+    add_app(commands)
     add_bench(commands)
     add_others(commands)
     return parser
