@@ -1,4 +1,4 @@
-"""A real browser without a screen: Chromium, driven over its DevTools pipe, which takes nothing but the standard library."""
+"""A real browser without a screen: Chromium, driven over its DevTools pipe by nothing but the standard library."""
 
 import base64
 import contextlib

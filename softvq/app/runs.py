@@ -112,13 +112,14 @@ def _inside(root: Path, name: str) -> Path:
 
 
 def _status(run: Path) -> dict[str, Any]:
+    path = run / "status.json"
     try:
-        status = read_json(run / "status.json") if (run / "status.json").is_file() else {}
+        status = read_json(path) if path.is_file() and not path.is_symlink() else {}
     except InputError:  # a run that writes at this moment, or no status at all
         status = {}
     state, step = status.get("state"), status.get("step")
     return {
-        "state": state if isinstance(state, str) else "unknown",
+        "state": state if isinstance(state, str) else None,
         "step": step if isinstance(step, int) else None,
         "message": str(status.get("message", "")),
     }

@@ -26,16 +26,13 @@ from softvq.app.studio import MAX_GUIDANCE, MAX_STEPS, Stopped, Studio
 from softvq.app.tokens import TokenDesk
 from softvq.errors import InputError, RunError
 
-__all__ = ["build", "listen", "serve"]
+__all__ = ["build", "listen", "server_of"]
 
 PAGE = Path(__file__).parent / "page"
 GONE = 499  # what is answered to nobody: the page has asked for something else since
 MAX_CONNECTIONS = 64
 MAX_SEED = 2**53 - 1  # largest whole number that JavaScript tells from its neighbours
-
-
-class _Gone(Exception):
-    """Whoever asked went away before it was their turn."""
+POLL_SECONDS = 0.2
 
 
 class _Desk:
@@ -61,7 +58,13 @@ class _Desk:
         return JSONResponse(await self._compute(request, self.studio.reconstruct, text(given, "photo"), tokens))
 
     async def maps(self, request: Request) -> Response:
-        return JSONResponse(await self._compute(request, self.tokens.maps, text(request.query_params, "photo")))
+        stop = threading.Event()
+        leaving = asyncio.create_task(_set_when_gone(request, stop))
+        try:
+            found = await self._compute(request, self.tokens.maps, text(request.query_params, "photo"), stop)
+        finally:
+            leaving.cancel()
+        return JSONResponse(found)
 
     async def token(self, request: Request) -> Response:
         given = request.query_params
@@ -78,7 +81,7 @@ class _Desk:
 
     async def between(self, request: Request) -> Response:
         given = request.query_params
-        ends, share = (text(given, "first"), text(given, "last")), number(given, "share", 0, 1)
+        ends, share = (text(given, "first"), text(given, "last")), number(given, "share", 0.0, 1.0)
         return JSONResponse(await self._compute(request, self.studio.between, *ends, share))
 
     async def generate(self, request: Request) -> Response:
@@ -86,10 +89,10 @@ class _Desk:
         asked = (
             text(given, "class"),
             whole(given, "seed", 0, MAX_SEED),
-            number(given, "guidance", 0, MAX_GUIDANCE),
+            number(given, "guidance", 0.0, MAX_GUIDANCE),
             whole(given, "steps", 1, MAX_STEPS),
         )
-        return StreamingResponse(self._events(*asked), media_type="text/event-stream")
+        return StreamingResponse(self._events(asked), media_type="text/event-stream")
 
     async def list_runs(self, request: Request) -> Response:
         return JSONResponse({"runs": await anyio.to_thread.run_sync(runs.list_runs, self.runs)})
@@ -106,10 +109,10 @@ class _Desk:
     async def _compute(self, request: Request, function: Callable[..., Any], *given: Any) -> Any:
         async with self._turn:
             if await request.is_disconnected():
-                raise _Gone
+                raise Stopped
             return await anyio.to_thread.run_sync(function, *given)
 
-    async def _events(self, *asked: Any) -> AsyncIterator[str]:
+    async def _events(self, asked: tuple[str, int, float, int]) -> AsyncIterator[str]:
         """Yield what `Studio.generate` shows as server-sent events; whoever goes away stops it after the step."""
         loop, stop = asyncio.get_running_loop(), threading.Event()
         shown: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
@@ -171,7 +174,7 @@ def build(studio: Studio, runs_folder: Path, host: str) -> Guard:
         Route("/api/picture", desk.picture),
     ]
     handlers: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
-        kind: _explain for kind in (HTTPException, InputError, RunError, _Gone, Exception)
+        kind: _explain for kind in (HTTPException, InputError, RunError, Stopped, Exception)
     }
     return Guard(Starlette(routes=routes, exception_handlers=handlers), host)
 
@@ -197,13 +200,8 @@ def listen(host: str, port: int) -> socket.socket:
         raise InputError(f"{host}:{port}: cannot be listened on ({reason}); give another --port or --host") from error
 
 
-def serve(app: Guard, listening: socket.socket) -> None:
-    """Answer until a signal comes.
-
-    Args:
-        app: From `build`.
-        listening: From `listen`.
-    """
+def server_of(app: Guard) -> uvicorn.Server:
+    """Return what serves the app; `run(sockets=[...])` of it answers until a signal comes."""
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -214,11 +212,17 @@ def serve(app: Guard, listening: socket.socket) -> None:
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=3,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    return uvicorn.Server(config)
+
+
+async def _set_when_gone(request: Request, stop: threading.Event) -> None:
+    while not await request.is_disconnected():
+        await asyncio.sleep(POLL_SECONDS)
+    stop.set()
 
 
 async def _explain(request: Request, error: Exception) -> Response:
-    if isinstance(error, _Gone):
+    if isinstance(error, Stopped):
         return Response(status_code=GONE)
     status = 400 if isinstance(error, InputError) else 500
     if isinstance(error, HTTPException):

@@ -1,5 +1,6 @@
-"""What the tokens of a photograph do: where each one paints, what it is made of, and what changes when it is changed."""
+"""What the tokens of a photograph do: where each one paints, what it is made of, what becomes of it when changed."""
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from softvq.app.photographs import Photograph
 from softvq.app.pictures import difference_picture, picture_address
-from softvq.app.studio import Studio, decibels, finite
+from softvq.app.studio import Stopped, Studio, decibels, finite
 from softvq.errors import InputError
 from softvq.evaluation.attribution import owner_picture, token_attribution, token_colours, token_maps
 
@@ -18,6 +19,7 @@ __all__ = ["DIRECTIONS", "TokenDesk"]
 
 DIRECTIONS = 4
 MAP_PX = 64
+OWNER_CELLS = 32  # a side, in which the page finds the token under a click
 CODEWORDS = 8
 MAX_DEVIATIONS = 10.0
 KINDS = ("keep", "mean", "zero", "photograph", "swap")
@@ -36,11 +38,12 @@ class TokenDesk:
         self._usual: tuple[Tensor, Tensor] | None = None
         self._maps: dict[str, dict[str, Any]] = {}
 
-    def maps(self, key: str) -> dict[str, Any]:
+    def maps(self, key: str, stop: threading.Event) -> dict[str, Any]:
         """Return where each token of a photograph changes the picture.
 
         Args:
             key: Of the photograph.
+            stop: Once it is set, the work ends.
 
         Returns:
             The whole reconstruction, the picture of which token owns which pixel, and of each token a map, its colour,
@@ -48,10 +51,11 @@ class TokenDesk:
 
         Raises:
             InputError: If there is no such photograph.
+            Stopped: If it was.
         """
         photograph = self._studio.photographs[key]
         if key not in self._maps:
-            found = self._attribute(photograph)
+            found = self._attribute(photograph, stop)
             while len(self._maps) >= KEPT:
                 self._maps.pop(next(iter(self._maps)))
             self._maps[key] = found
@@ -107,12 +111,18 @@ class TokenDesk:
             "change": float((picture - whole).abs().mean()) / 2,
         }
 
-    def _attribute(self, photograph: Photograph) -> dict[str, Any]:
+    def _attribute(self, photograph: Photograph, stop: threading.Event) -> dict[str, Any]:
         tokenizer = self._studio.tokenizer
-        changes = token_attribution(tokenizer, photograph.latents, self._means())[0]
+
+        def go_on() -> None:
+            if stop.is_set():
+                raise Stopped
+
+        changes = token_attribution(tokenizer, photograph.latents, self._means(), 8, go_on)[0]
         owners = changes.max(0)
         counted = torch.bincount(owners.indices[owners.values > 0], minlength=len(changes))
         small = [each.resize((MAP_PX, MAP_PX), Image.Resampling.BILINEAR) for each in token_maps(changes)]
+        step = max(1, changes.shape[1] // OWNER_CELLS)
         with torch.inference_mode():
             whole = finite(tokenizer.decode(photograph.latents))
         return {
@@ -122,7 +132,7 @@ class TokenDesk:
             "maps": [picture_address(each) for each in small],
             "colours": (255 * token_colours(len(changes))).round().int().tolist(),
             "shares": (counted / owners.indices.numel()).tolist(),
-            "owner": owners.indices[::8, ::8].tolist(),
+            "owner": owners.indices[step // 2 :: step, step // 2 :: step].tolist(),
         }
 
     def _apply(self, latents: Tensor, before: Tensor, edit: Mapping[str, Any]) -> None:
@@ -178,7 +188,7 @@ class TokenDesk:
         return self._usual
 
     def _posterior(self, photograph: Photograph, token: int) -> dict[str, Any]:
-        quantizer = self._studio.tokenizer.quantizer
+        quantizer: Any = self._studio.tokenizer.quantizer
         if not hasattr(quantizer, "top_codewords"):
             return {"codewords": [], "entropy": None, "codebook": 0}
         pre = self._studio.tokenizer.encode_pre(photograph.image)

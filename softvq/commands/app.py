@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import ipaddress
+from collections import Counter
 from pathlib import Path
 
 from softvq.app.photographs import Bundled
@@ -14,7 +15,7 @@ from softvq.errors import InputError
 from softvq.pipeline import GenerationPipeline
 from softvq.training.distributed import choose_device
 
-__all__ = ["app"]
+__all__ = ["app", "bundled_photographs"]
 
 
 def app(arguments: argparse.Namespace) -> None:
@@ -32,26 +33,25 @@ def app(arguments: argparse.Namespace) -> None:
             pipeline = None
             if arguments.generator != "none":
                 pipeline = GenerationPipeline.from_pretrained(arguments.generator).to(device)
-            studio = Studio(tokenizer, pipeline, _bundled(), (arguments.tokenizer, arguments.generator))
+            studio = Studio(tokenizer, pipeline, bundled_photographs(), (arguments.tokenizer, arguments.generator))
             studio.about()
         if not _is_loopback(host):
             messages().print(f"{host}: others can reach this; whoever does may use it, there is no password")
         shown, port = f"[{host}]" if ":" in host else host, listening.getsockname()[1]
         results().print(f"softvq app: http://{shown}:{port} (Ctrl-C stops it)", soft_wrap=True)
-        server.serve(server.build(studio, Path(arguments.runs), host), listening)
+        server.server_of(server.build(studio, Path(arguments.runs), host)).run(sockets=[listening])
 
 
-def _bundled() -> list[Bundled]:
+def bundled_photographs() -> list[Bundled]:
     """Return the held-out photographs of the package."""
-    credits = credits_of_photos()
-    return [
-        Bundled(
-            path=path,
-            name=path.stem.replace("_", " ").rstrip(" 0123456789"),
-            credit=credits.get(path.relative_to(ASSETS / "photos").as_posix(), ""),
-        )
-        for path in find_images(photos_of("val"))
-    ]
+    credits, seen, found = credits_of_photos(), Counter[str](), []
+    for path in find_images(photos_of("val")):
+        kind = path.parent.name
+        seen[kind] += 1
+        name = kind if seen[kind] == 1 else f"{kind} {seen[kind]}"
+        credit = credits.get(path.relative_to(ASSETS / "photos").as_posix(), "")
+        found.append(Bundled(path=path, name=name, credit=credit))
+    return found
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,6 +1,7 @@
 """What each token paints: how pixels change when one token after another is put to its mean."""
 
 import colorsys
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,7 @@ def token_attribution(
     latents: Float[Tensor, "batch token dim"],
     baseline: Float[Tensor, "token dim"],
     batch_size: int = 16,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Float[Tensor, "batch token height width"]:
     """Return how much each token changes each pixel.
 
@@ -32,6 +34,7 @@ def token_attribution(
         latents: Normalised, all tokens of each image, on the tokenizer's device.
         baseline: What tells nothing about the image, such as the mean of each token over many images.
         batch_size: Images decoded at once, >= 1.
+        before_batch: Called before each; what it raises ends the work.
 
     Returns:
         The mean over the three colours of the absolute change, on the CPU, >= 0, for pixels from -1 to 1: entry
@@ -42,6 +45,7 @@ def token_attribution(
     whole = torch.cat([tokenizer.decode(part) for part in latents.split(batch_size)])
     maps = []
     for places in torch.arange(batch * tokens, device=latents.device).split(batch_size):
+        before_batch()
         image, token = places // tokens, places % tokens
         changed = latents[image]
         changed[torch.arange(len(places), device=latents.device), token] = baseline[token]

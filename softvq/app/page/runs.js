@@ -10,6 +10,12 @@ let run = null;
 const short = (value) => (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5)
   ? value.toExponential(1) : String(Number(value.toPrecision(3))));
 
+function tickWords(low, high) {
+  const decimals = Math.max(0, Math.min(12, 1 - Math.floor(Math.log10(high - low || 1))));
+  const largest = Math.max(Math.abs(low), Math.abs(high));
+  return (value) => (largest >= 1e6 || decimals > 5 ? value.toExponential(1) : value.toFixed(decimals));
+}
+
 function svg(name, attributes, text) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", name);
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
@@ -25,6 +31,7 @@ function chart(name, points, logarithmic) {
   const [first, last] = [Math.min(...steps), Math.max(...steps)];
   let [low, high] = [Math.min(...values), Math.max(...values)];
   if (low === high) [low, high] = [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
+  const words = usable ? short : tickWords(low, high);
   const across = (step) => LEFT + ((step - first) / (last - first || 1)) * (WIDTH - LEFT - RIGHT);
   const down = (value) => TOP + ((high - value) / (high - low)) * (HEIGHT - TOP - BOTTOM);
   const picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img" });
@@ -33,7 +40,7 @@ function chart(name, points, logarithmic) {
   for (const value of [low, (low + high) / 2, high]) {
     const y = down(value);
     picture.append(svg("line", { x1: LEFT, x2: WIDTH - RIGHT, y1: y, y2: y }));
-    picture.append(svg("text", { x: LEFT - 5, y: y + 3.5, "text-anchor": "end" }, short(usable ? 10 ** value : value)));
+    picture.append(svg("text", { x: LEFT - 5, y: y + 3.5, "text-anchor": "end" }, words(usable ? 10 ** value : value)));
   }
   picture.append(svg("text", { x: LEFT, y: HEIGHT - 5 }, first.toLocaleString("en")));
   picture.append(svg("text", { x: WIDTH - RIGHT, y: HEIGHT - 5, "text-anchor": "end" }, `step ${last.toLocaleString("en")}`));
@@ -73,7 +80,7 @@ async function draw() {
   run = found;
   const step = run.step === null ? "" : `, step ${run.step.toLocaleString("en")}`;
   const empty = Object.keys(run.curves).length ? "" : ", nothing logged yet";
-  $("r-state").textContent = `${run.state}${step}${empty}${run.message ? `: ${run.message}` : ""}`;
+  $("r-state").textContent = `${run.state ?? "no status.json"}${step}${empty}${run.message ? `: ${run.message}` : ""}`;
   curves();
   samples();
   $("r-details").hidden = !run.config;

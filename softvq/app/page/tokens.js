@@ -51,9 +51,10 @@ function showEdit() {
   });
 }
 
-function bar(codeword) {
-  const share = `${(100 * codeword.weight).toFixed(1)} %`;
-  const meter = make("meter", { min: 0, max: 1, value: codeword.weight });
+// A bar is as long as its weight is to the largest, because a soft posterior may spread over thousands.
+function bar(codeword, _, stage) {
+  const share = `${(100 * codeword.weight).toFixed(2)} %`;
+  const meter = make("meter", { min: 0, max: stage[0].weight, value: codeword.weight });
   meter.setAttribute("aria-label", `weight of codeword ${codeword.index}`);
   const row = make("div", { class: "bar" }, make("span", {}, String(codeword.index)), meter, make("span", {}, share));
   return row;
