@@ -26,6 +26,7 @@ COMMANDS = [
     ["evaluate"],
     ["evaluate", "probe"],
     ["evaluate", "latents"],
+    ["app"],
     ["inspect"],
     ["fit-stats"],
     ["average"],

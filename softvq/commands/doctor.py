@@ -23,6 +23,7 @@ EXTRAS = (
     ("stlpips_pytorch", "train", "the weights of the perceptual loss"),
     ("tensorboard", "train", "TensorBoard logs"),
     ("datasets", "data", "Hugging Face data sets"),
+    ("uvicorn", "serve", "the web app"),
 )
 """Module, the extra of `pip install softvq[...]` it comes with, and what it gives."""
 
