@@ -30,13 +30,17 @@ PATIENCE = 60.0
 
 
 class Browser:
-    """One page of a browser. Everything that went wrong in it gathers in `complaints`, every address in `requested`."""
+    """One page of a browser.
+
+    What went wrong in it gathers in `complaints`, every address in `requested`; requests it gave up are counted.
+    """
 
     def __init__(self, commands: int, answers: int) -> None:
         self._commands, self._answers, self._rest = commands, answers, b""
         self._numbers, self._session = itertools.count(1), ""
         self.complaints: list[str] = []
         self.requested: list[str] = []
+        self.cancelled = 0
         target = self.command("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.command("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log", "DOM"):
@@ -111,6 +115,8 @@ class Browser:
             self.complaints.append(json.dumps(given["exceptionDetails"])[:500])
         if event.get("method") == "Log.entryAdded" and given["entry"]["level"] == "error":
             self.complaints.append(f"{given['entry']['text']} {given['entry'].get('url', '')}")
+        if event.get("method") == "Network.loadingFailed" and given.get("canceled"):
+            self.cancelled += 1
         if event.get("method") == "Network.requestWillBeSent":
             self.requested.append(given["request"]["url"])
 

@@ -98,7 +98,7 @@ def test_a_dropped_photograph_is_cropped_and_kept_until_others_came(tmp_path: Pa
     with pytest.raises(InputError, match="no longer kept here; drop it"):
         photographs[first.key]
     assert len(photographs._dropped) == 32
-    with pytest.raises(InputError, match="c.png: is not a JPEG, PNG or WebP"):
+    with pytest.raises(InputError, match=r"c\.png: is not a JPEG, PNG or WebP"):
         photographs.add(b"<svg>", "c.png")
 
 
@@ -134,7 +134,7 @@ def test_edits_are_those_of_the_latents(studio: Studio, desk: TokenDesk) -> None
 def test_directions_are_those_of_the_covariance_and_a_step_is_a_deviation(studio: Studio, desk: TokenDesk) -> None:
     of_token = studio.photographs.latents()[:, 2].double()
     values, vectors = np.linalg.eigh(np.cov(of_token.numpy().T))
-    mean, directions = desk._directions(2)
+    _, directions = desk._directions(2)
     for place in range(DIRECTIONS):
         vector = vectors[:, -1 - place] * math.sqrt(values[-1 - place])
         vector *= np.sign(vector @ directions[place].double().numpy())

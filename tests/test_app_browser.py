@@ -64,6 +64,7 @@ def test_a_slider_takes_tokens_away_and_only_the_last_request_counts(page: Brows
     for count in range(63, 15, -1):  # faster than they can be answered
         set_to(page, "count", count)
     page.wait("document.getElementById('copy-caption').textContent.includes('16 tokens') && " + SETTLED)
+    assert page.cancelled > 0
     assert source(page, "copy") != full
     assert float(text(page, "psnr").split()[0]) < figure
     assert text(page, "ratio") == "192.0 : 1"
@@ -187,7 +188,8 @@ CONTRAST = """(() => {
     }
     return "rgb(255, 255, 255)";
   };
-  const words = [...document.querySelectorAll("h1, h2, h3, p, label, dt, dd, figcaption, legend, small, [role=tab], button")];
+  const names = "h1, h2, h3, p, label, dt, dd, figcaption, legend, small, [role=tab], button";
+  const words = [...document.querySelectorAll(names)];
   const seen = words.filter((each) => each.offsetParent && each.textContent.trim() && !each.disabled
     && !each.closest("#maps"));
   return Math.min(...seen.map((each) => {
@@ -206,5 +208,7 @@ def test_nothing_shifts_nothing_fails_and_nothing_is_fetched_from_elsewhere(page
     for tab in ("tokens", "between", "generate", "runs", "reconstruct"):
         open_tab(page, tab)
         page.wait(SETTLED)
-        page.run("window.shifts.push(0); new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        page.run(
+            "window.shifts.push(0); new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        )
     assert sum(page.run("window.shifts")) < 0.01

@@ -110,5 +110,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, name: str) -> None:
 
 def test_a_log_of_rubbish_is_an_empty_run(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/log.jsonl").write_bytes(b'\xff\xfe\n[1]\n{"step": "x"}\n{"step": 1, "samples": [3], "clock": [1], "loss": "x"}\n')
+    (tmp_path / "run/log.jsonl").write_bytes(
+        b'\xff\xfe\n[1]\n{"step": "x"}\n{"step": 1, "samples": [3], "clock": [1], "loss": "x"}\n'
+    )
     assert read_run(tmp_path, "run")["curves"] == {}

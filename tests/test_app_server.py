@@ -3,6 +3,7 @@
 import http.client
 import json
 import socket
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -175,6 +176,38 @@ def test_who_goes_away_stops_the_sampling_and_the_next_is_answered(port: int, st
         studio.pipeline.paint = paint
 
 
+def test_what_nobody_waits_for_any_more_is_not_computed(
+    port: int, studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, calls = threading.Event(), threading.Event(), []
+    reconstruct = studio.reconstruct
+
+    def held() -> dict[str, object]:
+        begun.set()
+        assert go_on.wait(20)
+        return {}
+
+    def counted(key: str, tokens: int) -> dict[str, object]:
+        calls.append(key)
+        return reconstruct(key, tokens)
+
+    monkeypatch.setattr(studio, "about", held)
+    monkeypatch.setattr(studio, "reconstruct", counted)
+    holder = threading.Thread(target=asked, args=(port, "/api/about"))
+    holder.start()
+    assert begun.wait(20)
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", port)) as gone:
+            path = f"/api/reconstruct?photo=bundled-0&tokens={TOKENS}"
+            gone.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            time.sleep(0.05)
+    time.sleep(0.2)
+    go_on.set()
+    holder.join(20)
+    assert asked(port, f"/api/reconstruct?photo=bundled-1&tokens={TOKENS}")[0] == 200
+    assert calls == ["bundled-1"]
+
+
 def test_runs_are_shown(port: int) -> None:
     assert [run["name"] for run in asked(port, "/api/runs")[1]["runs"]] == ["one"]
     assert asked(port, "/api/run?run=one")[1]["curves"] == {"loss": [[1, 0.5]]}
@@ -183,7 +216,7 @@ def test_runs_are_shown(port: int) -> None:
 
 
 def test_a_port_that_is_taken_or_a_name_that_is_none_is_refused() -> None:
-    with listen("127.0.0.1", 0) as taken, pytest.raises(InputError, match="cannot be listened on .*another --port"):
+    with listen("127.0.0.1", 0) as taken, pytest.raises(InputError, match=r"cannot be listened on .*another --port"):
         listen("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(InputError, match="cannot be listened on"):
         listen("no such name", 0)
@@ -198,8 +231,6 @@ def test_the_command_refuses_before_it_loads(capsys: pytest.CaptureFixture[str],
         program.refuses("app", "--port", port, names=(f"127.0.0.1:{port}", "--port"))
 
 
-def test_the_command_names_what_to_install(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_names_what_to_install(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     Program(capsys).refuses("app", names=("starlette and uvicorn", "pip install 'softvq[serve]'"))

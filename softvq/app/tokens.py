@@ -46,7 +46,7 @@ class TokenDesk:
             stop: Once it is set, the work ends.
 
         Returns:
-            The whole reconstruction, the picture of which token owns which pixel, and of each token a map, its colour,
+            The photograph, the picture of which token owns which pixel, and of each token a map, its colour,
             and its share of the pixels.
 
         Raises:
@@ -123,11 +123,8 @@ class TokenDesk:
         counted = torch.bincount(owners.indices[owners.values > 0], minlength=len(changes))
         small = [each.resize((MAP_PX, MAP_PX), Image.Resampling.BILINEAR) for each in token_maps(changes)]
         step = max(1, changes.shape[1] // OWNER_CELLS)
-        with torch.inference_mode():
-            whole = finite(tokenizer.decode(photograph.latents))
         return {
             "original": picture_address(photograph.image[0]),
-            "copy": picture_address(whole),
             "owners": picture_address(owner_picture(changes)),
             "maps": [picture_address(each) for each in small],
             "colours": (255 * token_colours(len(changes))).round().int().tolist(),

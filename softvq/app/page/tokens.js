@@ -20,6 +20,7 @@ function isChanged(edit) {
 
 function change(values) {
   const edit = { ...editOf(selected), ...values };
+  if (!maps) return;
   if (isChanged(edit)) edits.set(selected, edit);
   else edits.delete(selected);
   $("maps").children[selected]?.classList.toggle("changed", isChanged(edit));
@@ -27,9 +28,10 @@ function change(values) {
 }
 
 async function draw() {
-  if (!maps) return;
-  const found = await post("edit", "api/edit", { photo: photograph.key, edits: [...edits.values()] });
-  if (!found) return;
+  const of = photograph;
+  if (!of) return;
+  const found = await post("edit", "api/edit", { photo: of.key, edits: [...edits.values()] });
+  if (!found || photograph !== of) return;
   show("t-edited", found.picture);
   show("t-difference", found.difference);
   const count = edits.size;
@@ -61,6 +63,7 @@ function bar(codeword, _, stage) {
 }
 
 async function select(place) {
+  if (!photograph) return;
   selected = place;
   check($("maps"), place);
   $("t-number").textContent = String(place + 1);
@@ -109,16 +112,24 @@ async function open() {
   const before = $("t-photograph").value;
   fill($("t-photograph"), pairs, pairs.some(([key]) => key === before) ? before : pairs.at(1)?.[0]);
   if (!chosen || chosen.key === photograph?.key) return;
-  const found = await ask("maps", "api/maps", { photo: chosen.key });
-  if (!found) return;
-  [photograph, maps] = [chosen, found];
+  [photograph, maps] = [chosen, null];
   edits.clear();
+  $("maps").setAttribute("aria-busy", "true");
+  show("t-original", chosen.picture); // small, until the maps bring a larger one
+  $("t-original").alt = `${chosen.name}, the original photograph`;
+  draw(); // first, because the maps take seconds
+  const found = await ask("maps", "api/maps", { photo: chosen.key });
+  if (photograph !== chosen) return;
+  if (!found) {
+    photograph = null; // so that opening the tab again asks again
+    return;
+  }
+  maps = found;
   listMaps();
+  $("maps").setAttribute("aria-busy", "false");
   show("t-original", maps.original);
   show("t-owners", maps.owners);
-  show("t-edited", maps.copy);
-  $("t-original").alt = `${chosen.name}, the original photograph`;
-  await Promise.all([select(selected), draw()]);
+  await select(selected);
 }
 
 function moves() {
