@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from softvq.app.photographs import Bundled
-from softvq.app.server import build, listen, server_of
+from softvq.app.server import build, server_of
 from softvq.app.studio import Studio
 from softvq.pipeline import GenerationPipeline
+from softvq.serving.server import listen
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.tokenizers.config import TokenizerConfig
 from tests.generators import make_generator

@@ -24,7 +24,7 @@ new PerformanceObserver((list) => {
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     runs = tmp_path_factory.mktemp("runs")
     run = make_run(runs / "first")
@@ -39,6 +39,21 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         page.open(f"http://127.0.0.1:{port}/")
         page.wait("document.getElementById('copy').src.startsWith('data:') && " + SETTLED)
         yield page
+
+
+def test_the_app_does_in_a_browser_what_it_says(page: Browser, tmp_path: Path) -> None:
+    # one test, since models, server and browser take longer than all that is done with them
+    a_slider_takes_tokens_away_and_only_the_last_request_counts(page)
+    a_photograph_is_dropped_and_what_is_none_is_a_sentence(page, tmp_path)
+    a_token_is_looked_at_and_changed(page)
+    a_slider_goes_from_one_photograph_to_another(page)
+    a_picture_appears_step_by_step(page)
+    a_run_is_drawn(page)
+    tabs_answer_to_arrow_keys_and_show_where_they_are(page)
+    for width in (1280, 390):
+        for dark in (False, True):
+            every_tab_fits_and_can_be_read(page, width, dark)
+    nothing_shifts_nothing_fails_and_nothing_is_fetched_from_elsewhere(page)
 
 
 def set_to(page: Browser, name: str, value: object, event: str = "input") -> None:
@@ -56,10 +71,13 @@ def source(page: Browser, name: str) -> str:
 
 def open_tab(page: Browser, name: str) -> None:
     page.run(f"document.getElementById('tab-{name}').click()")
+    page.wait(SETTLED)  # a tab is drawn when it is opened
 
 
-def test_a_slider_takes_tokens_away_and_only_the_last_request_counts(page: Browser) -> None:
+def a_slider_takes_tokens_away_and_only_the_last_request_counts(page: Browser) -> None:
     open_tab(page, "reconstruct")
+    set_to(page, "count", 64)
+    page.wait(SETTLED)
     full, figure = source(page, "copy"), float(text(page, "psnr").split()[0])
     for count in range(63, 15, -1):  # faster than they can be answered
         set_to(page, "count", count)
@@ -72,7 +90,7 @@ def test_a_slider_takes_tokens_away_and_only_the_last_request_counts(page: Brows
     page.wait(f"document.getElementById('copy').src === {json.dumps(full)}")
 
 
-def test_a_photograph_is_dropped_and_what_is_none_is_a_sentence(page: Browser, tmp_path: Path) -> None:
+def a_photograph_is_dropped_and_what_is_none_is_a_sentence(page: Browser, tmp_path: Path) -> None:
     open_tab(page, "reconstruct")
     wrong = tmp_path / "letter.png"
     wrong.write_bytes(b"Dear reader")
@@ -89,7 +107,7 @@ def test_a_photograph_is_dropped_and_what_is_none_is_a_sentence(page: Browser, t
     page.run("document.querySelectorAll('#photographs button')[1].click()")
 
 
-def test_a_token_is_looked_at_and_changed(page: Browser) -> None:
+def a_token_is_looked_at_and_changed(page: Browser) -> None:
     open_tab(page, "tokens")
     page.wait("document.querySelectorAll('#maps img').length === 64 && document.querySelectorAll('.bar').length === 8")
     page.wait(SETTLED)
@@ -109,7 +127,7 @@ def test_a_token_is_looked_at_and_changed(page: Browser) -> None:
     assert "of 13 bits" in text(page, "t-entropy")
 
 
-def test_a_slider_goes_from_one_photograph_to_another(page: Browser) -> None:
+def a_slider_goes_from_one_photograph_to_another(page: Browser) -> None:
     open_tab(page, "between")
     page.wait("document.getElementById('b-picture').src !== '' && " + SETTLED)
     half = source(page, "b-picture")
@@ -118,7 +136,7 @@ def test_a_slider_goes_from_one_photograph_to_another(page: Browser) -> None:
     assert text(page, "b-value") == "0 %"
 
 
-def test_a_picture_appears_step_by_step(page: Browser) -> None:
+def a_picture_appears_step_by_step(page: Browser) -> None:
     open_tab(page, "generate")
     assert page.run("document.getElementById('g-class').options.length") == 5
     page.run("""
@@ -139,7 +157,7 @@ def test_a_picture_appears_step_by_step(page: Browser) -> None:
     page.wait("document.getElementById('g-caption').textContent === 'Stopped'")
 
 
-def test_a_run_is_drawn(page: Browser) -> None:
+def a_run_is_drawn(page: Browser) -> None:
     open_tab(page, "runs")
     page.wait("document.querySelectorAll('#r-curves svg path').length === 2")
     page.wait("document.querySelector('#r-samples img').naturalWidth === 64")
@@ -147,7 +165,7 @@ def test_a_run_is_drawn(page: Browser) -> None:
     assert labels[0] == "loss: from 1 at step 1 to 0.333 at step 3"
 
 
-def test_tabs_answer_to_arrow_keys_and_show_where_they_are(page: Browser) -> None:
+def tabs_answer_to_arrow_keys_and_show_where_they_are(page: Browser) -> None:
     page.run("document.getElementById('tab-reconstruct').focus(); document.getElementById('tab-reconstruct').click()")
     for key, tab in (("ArrowRight", "tokens"), ("End", "runs"), ("ArrowRight", "reconstruct"), ("ArrowLeft", "runs")):
         page.key(key)
@@ -162,9 +180,7 @@ def test_tabs_answer_to_arrow_keys_and_show_where_they_are(page: Browser) -> Non
     assert page.run(unnamed) == []
 
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_every_tab_fits_and_can_be_read(page: Browser, width: int, dark: bool) -> None:
+def every_tab_fits_and_can_be_read(page: Browser, width: int, dark: bool) -> None:
     page.look(width, 844, dark)
     for tab in ("reconstruct", "tokens", "between", "generate", "runs"):
         open_tab(page, tab)
@@ -199,7 +215,7 @@ CONTRAST = """(() => {
 })()"""  # the smallest contrast of any words that are seen, as WCAG 2 defines it
 
 
-def test_nothing_shifts_nothing_fails_and_nothing_is_fetched_from_elsewhere(page: Browser) -> None:
+def nothing_shifts_nothing_fails_and_nothing_is_fetched_from_elsewhere(page: Browser) -> None:
     assert page.complaints == []
     assert {address.split("/")[2].split(":")[0] for address in page.requested if "://" in address} == {"127.0.0.1"}
     open_tab(page, "reconstruct")

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ from softvq.app.studio import MAX_GUIDANCE, MAX_STEPS, Stopped, Studio
 from softvq.app.tokens import TokenDesk
 from softvq.errors import InputError, RunError
 
-__all__ = ["build", "listen", "server_of"]
+__all__ = ["build", "server_of"]
 
 PAGE = Path(__file__).parent / "page"
 GONE = 499  # what is answered to nobody: the page has asked for something else since
@@ -177,27 +176,6 @@ def build(studio: Studio, runs_folder: Path, host: str) -> Guard:
         kind: _explain for kind in (HTTPException, InputError, RunError, Stopped, Exception)
     }
     return Guard(Starlette(routes=routes, exception_handlers=handlers), host)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Open the port.
-
-    Args:
-        host: Name or address.
-        port: From 0, which takes any that is free, to 65535.
-
-    Returns:
-        A socket that listens.
-
-    Raises:
-        InputError: If it cannot be opened.
-    """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
-    except (OSError, UnicodeError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{host}:{port}: cannot be listened on ({reason}); give another --port or --host") from error
 
 
 def server_of(app: Guard) -> uvicorn.Server:

@@ -24,9 +24,10 @@ def app(arguments: argparse.Namespace) -> None:
     if missing:
         raise InputError(f"the app needs {' and '.join(missing)}; run: pip install 'softvq[serve]'")
     from softvq.app import server
+    from softvq.serving.server import address_of, listen
 
     host = arguments.host
-    with server.listen(host, arguments.port) as listening:
+    with listen(host, arguments.port) as listening:
         device = choose_device(arguments.device)
         with messages().status("loading the models"):
             tokenizer = load_tokenizer(arguments.tokenizer, device)
@@ -37,8 +38,7 @@ def app(arguments: argparse.Namespace) -> None:
             studio.about()
         if not _is_loopback(host):
             messages().print(f"{host}: others can reach this; whoever does may use it, there is no password")
-        shown, port = f"[{host}]" if ":" in host else host, listening.getsockname()[1]
-        results().print(f"softvq app: http://{shown}:{port} (Ctrl-C stops it)", soft_wrap=True)
+        results().print(f"softvq app: {address_of(listening)} (Ctrl-C stops it)", soft_wrap=True)
         server.server_of(server.build(studio, Path(arguments.runs), host)).run(sockets=[listening])
 
 

@@ -35,8 +35,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=CONNECTIONS)
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, UnicodeError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot listen on {host} port {port} ({reason}); give another --host or --port") from error
 
 
