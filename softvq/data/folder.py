@@ -249,8 +249,7 @@ def batches(
 
     Raises:
         InputError: If `batch_size` cannot be shared out.
-        RunError: If more than `max_bad_fraction` of the files were met and found unreadable, or if workers died again
-            and again.
+        RunError: If more than `max_bad_fraction` of the files were met and found unreadable; if workers died often.
     """
     if batch_size < 1 or batch_size % world_size:
         raise InputError(f"batch_size is {batch_size}, expected a positive multiple of the {world_size} processes")

@@ -1,5 +1,6 @@
 """Joining other ranks, what all agree on, and the signals that stop them; a single process needs no setup."""
 
+import datetime
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softvq.errors import InputError
-from softvq.ranks import mean_over_ranks, world_size
+from softvq.ranks import mean_over_ranks, rank, world_size
 
 __all__ = [
     "GO_ON",
@@ -31,10 +32,17 @@ __all__ = [
     "may_restart",
     "reduce_mean",
     "wait_for_all",
+    "who_is_missing",
 ]
 
 GO_ON, SAVE, STOP = range(3)
 """What a signal may wish of a run; the largest wish of any rank counts."""
+PATIENCE = datetime.timedelta(minutes=30)
+"""How long a process waits for the others, which sampling on the first one must not take."""
+ROLL_CALL = datetime.timedelta(seconds=2)
+"""How much later than another a process may notice that one is missing."""
+_store: list[dist.Store] = []
+"""Where the processes that joined find each other."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -70,10 +78,11 @@ def join(device: torch.device) -> None:
         torch.cuda.set_device(device)
     # gloo carries what the host decides (signals, barriers), so that nothing of it waits for the GPU
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store, rank, count = next(dist.rendezvous("env://"))
+    store, number, count = next(dist.rendezvous("env://"))
     # the agent of torchrun keeps its store over restarts, and in it the addresses of processes that are no more
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    dist.init_process_group(backend, store=dist.PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=count)
+    _store[:] = [dist.PrefixStore(f"attempt-{attempt}", store)]
+    dist.init_process_group(backend, store=_store[0], rank=number, world_size=count, timeout=PATIENCE)
 
 
 def may_restart() -> bool:
@@ -84,6 +93,34 @@ def may_restart() -> bool:
 def lost_another(error: RuntimeError) -> bool:
     """Return whether an error says that another rank is no more; gloo has no class of its own for it."""
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error).lower())
+
+
+def who_is_missing() -> str:
+    """Return what to say of a lost connection, naming the processes that did not notice it within `ROLL_CALL`.
+
+    Whoever waits in vain calls this, so those who do not have ended or are stuck.
+    """
+    count = world_size()
+    try:
+        _store[0].set(f"waits-{rank()}", "")
+        missing = [other for other in range(count) if not _answers(other)]
+    except (RuntimeError, IndexError):  # the first process keeps the store
+        missing = [0]
+    if not missing:
+        return "the connection to another process of this training broke; see what they said, and resume"
+    names = ", ".join(map(str, missing))
+    return (
+        f"process {names} of 0 to {count - 1} ended, or did not answer for {PATIENCE} and is stuck; "
+        "see what it said, end it, and resume"
+    )
+
+
+def _answers(other: int) -> bool:
+    try:
+        _store[0].wait([f"waits-{other}"], ROLL_CALL)
+    except dist.DistError:
+        return False
+    return True
 
 
 def leave() -> None:

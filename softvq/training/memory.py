@@ -10,14 +10,15 @@ from softvq.errors import RunError
 __all__ = ["enough_memory"]
 
 REMEDIES = {
-    "the forward pass of the model": "raise train.accumulate",
-    "the backward pass of the model": "raise train.accumulate",
-    "the forward pass of the critic": "raise train.accumulate, or set loss.adversarial.checkpoint",
-    "the backward pass of the critic": "raise train.accumulate, or set loss.adversarial.checkpoint",
-    "the health figures": "raise train.accumulate",
-    "the samples": "set train.sample_every to 0",
+    "the forward pass of the model": "raise train.accumulate and resume",
+    "the backward pass of the model": "raise train.accumulate and resume",
+    "the forward pass of the critic": "raise train.accumulate, or set loss.adversarial.checkpoint, and resume",
+    "the backward pass of the critic": "raise train.accumulate, or set loss.adversarial.checkpoint, and resume",
+    "the health figures": "raise train.accumulate and resume",
+    "the samples": "set train.sample_every to 0 and resume",
 }
-OTHERWISE = "take a smaller model or batch"
+"""Fields of `run_folder.FREE_FIELDS`."""
+OTHERWISE = "start a run with a smaller model or batch"
 
 
 @contextlib.contextmanager
@@ -38,4 +39,4 @@ def enough_memory(step: int, phase: Callable[[], str]) -> Iterator[None]:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         remedy = REMEDIES.get(phase(), OTHERWISE)
-        raise RunError(f"step {step + 1}: out of memory in {phase()}; {remedy} and resume") from error
+        raise RunError(f"step {step + 1}: out of memory in {phase()}; {remedy}") from error

@@ -36,8 +36,8 @@ FREE_FIELDS = frozenset(
         *("log_every", "save_every", "sample_every", "keep", "keep_best", "tensorboard", "trackers"),
         *("guard.action", "guard.max_bad_updates", "guard.max_rollbacks"),
     )
-)
-"""What a resumed run may change, because it alters nothing that was computed."""
+) | {"train.accumulate", "loss.adversarial.checkpoint"}
+"""What a resumed run may change: what alters nothing that is computed, and what a run that lacked memory is told."""
 
 
 def carry_out(
@@ -70,7 +70,7 @@ def carry_out(
     except RuntimeError as error:
         if not distributed.lost_another(error):
             raise
-        raise RunError(f"{run}: another process of this training ended; see what it said, and resume") from error
+        raise RunError(f"{run}: {distributed.who_is_missing()}") from error
     finally:
         distributed.leave()
 

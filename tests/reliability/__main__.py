@@ -17,5 +17,7 @@ if __name__ == "__main__":
         "terminations": campaigns.terminations(folder, whole, stops),
         "signals": campaigns.signals(folder, whole),
         "elastic": ranks.elastic(folder),
+        "memory": campaigns.memory(folder, 2),
+        "stuck": ranks.stuck(folder, 4.0, [0]),
     }
     print(json.dumps(found))

@@ -13,7 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from softvq.errors import RunError
 from softvq.training.checkpoint import latest, verify
+from softvq.training.generator_run import train_generator
+from softvq.training.trainer import Trainer
+from tests import generators
 from tests.reliability import harness
 from tests.reliability.harness import Reference, code_of, fork, outcome, train, trained
 
@@ -153,3 +159,38 @@ def signals(folder: Path, whole: Reference) -> Figures:
             found["wrong"].append(f"{case}: code {code}, steps {steps}, intact {intact}, identical {resumed}")
         shutil.rmtree(folder / name)
     return found
+
+
+def memory(folder: Path, times: int, steps: int = 40, seed: int = 0) -> Figures:
+    """Too little memory at random steps of a generator, and what the run is told to do: twice as many parts, and on."""
+    draws, run = random.Random(seed), folder / "little-memory"
+    if not (folder / "cache").exists():
+        generators.make_cache(folder)
+    assert code_of(fork(lambda: _learn(folder, folder / "enough-memory", steps, 1, None))) == 0
+    found: Figures = {"codes": [], "said": []}
+    for time_, step in enumerate([*sorted(draws.sample(range(1, steps), times)), None]):
+        found["codes"].append(code_of(fork(lambda step=step, parts=2**time_: _learn(folder, run, steps, parts, step))))
+        found["said"] += [] if step is None else [(folder / "said").read_text()]
+    found["apart"] = harness.apart(folder / "enough-memory", run)
+    return found
+
+
+def _learn(folder: Path, run: Path, steps: int, parts: int, lacking: int | None) -> None:
+    original = Trainer._differentiate
+
+    def differentiate(self: Trainer, *args: Any, **options: Any) -> Any:
+        if self.step == lacking:
+            self._phase = "the backward pass of the model"
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, *args, **options)
+
+    Trainer._differentiate = differentiate
+    often = {"steps": steps, "accumulate": parts, "save_every": 10}
+    config = generators.run_config(
+        "sit", latents=folder / "cache", **{f"train__{name}": value for name, value in often.items()}
+    )
+    try:
+        train_generator(config, run, resume=run.exists())
+    except RunError as error:
+        (folder / "said").write_text(str(error))
+        raise

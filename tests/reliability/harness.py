@@ -8,8 +8,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ STEPS = 24
 SAVE_EVERY = 5
 
 
-def run_config(folder: Path, num_workers: int = 0, **train: Any) -> TokenizerRunConfig:
+def run_config(
+    folder: Path, num_workers: int = 0, optim: Mapping[str, Any] = MappingProxyType({}), **train: Any
+) -> TokenizerRunConfig:
     """Return a recipe with a discriminator, which starts in the middle, over a folder's photographs."""
     vit = {"width": 16, "depth": 1, "num_heads": 2}
     quantizer = {"kind": "softvq", "codebook_size": 16, "num_codebooks": 2}
@@ -37,7 +40,7 @@ def run_config(folder: Path, num_workers: int = 0, **train: Any) -> TokenizerRun
         "model": {"encoder": vit, "decoder": vit, "quantizer": quantizer, **sizes},
         "data": {"path": str(folder / "photographs"), "num_workers": num_workers, "max_bad_fraction": 0.5},
         "loss": {"perceptual_weight": 0.0, "adversarial": critic},
-        "optim": {"lr": 1e-3, "warmup_steps": 5},
+        "optim": {"lr": 1e-3, "warmup_steps": 5, **optim},
         "train": {"batch_size": 4, "steps": STEPS, "ema_decay": 0.99, "device": "cpu", **every, **train},
     }
     return from_dict(TokenizerRunConfig, data)
@@ -103,6 +106,12 @@ def outcome(run: Path, steps: int = STEPS) -> dict[str, Any]:
         **{name: sha256(run / name) if (run / name).exists() else None for name in files},
         **{name: sha256(run / "samples" / name) for name in pictures},
     }
+
+
+def apart(one: Path, other: Path, name: str = "loss") -> float:
+    """Return the largest relative difference of a figure of two runs at any step; infinite if steps are missing."""
+    ours, theirs = ({line["step"]: line[name] for line in lines_of(run) if name in line} for run in (one, other))
+    return max(abs(theirs[step] / ours[step] - 1) for step in ours) if ours.keys() == theirs.keys() else float("inf")
 
 
 @dataclasses.dataclass

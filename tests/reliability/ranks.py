@@ -1,14 +1,42 @@
-"""Runs of several processes."""
+"""Runs of several processes: one is killed, one is stuck, and any number of them learns what one alone does."""
 
+import datetime
+import functools
 import os
+import signal
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from softvq.errors import RunError
+from softvq.training import distributed, generator_run, tokenizer_run
+from softvq.training.trainer import Trainer
+from tests import generators
 from tests.ranks import free_ports
 from tests.reliability import harness
-from tests.reliability.harness import code_of, fork, outcome
+from tests.reliability.harness import apart, code_of, fork, outcome
 
 Figures = dict[str, Any]
+KINDS = ("tokenizer", "sit", "dit", "mar")
+
+
+def as_ranks(count: int, work: Callable[[], object], **more: str) -> list[int]:
+    """Do something in so many forks that find each other as under `torchrun`; return their exit codes."""
+    return [code_of(pid) for pid in start_ranks(count, work, **more)]
+
+
+def start_ranks(count: int, work: Callable[[], object], **more: str) -> list[int]:
+    """Begin the same; return their processes."""
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), **more}
+    os.environ.update(common)
+    pids = []
+    for rank in range(count):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        pids.append(fork(work))
+    for key in (*common, "RANK", "LOCAL_RANK"):
+        del os.environ[key]
+    return pids
 
 
 def elastic(folder: Path, restarts: int = 3) -> Figures:
@@ -16,34 +44,26 @@ def elastic(folder: Path, restarts: int = 3) -> Figures:
 
     They are started and restarted as by `torchrun --max-restarts 3`, whose agent cannot fork a process safely.
     """
-    codes = [_as_torchrun(folder, name, victim, restarts) for name, victim in (("two", False), ("killed-two", True))]
+    codes = [_restarted(folder, name, victim, restarts) for name, victim in (("two", False), ("killed-two", True))]
     identical = outcome(folder / "two") == outcome(folder / "killed-two")
-    one = {line["step"]: line["loss"] for line in harness.lines_of(folder / "reference") if "loss" in line}
-    two = {line["step"]: line["loss"] for line in harness.lines_of(folder / "two") if "loss" in line}
-    apart = max(abs(two[step] / one[step] - 1) for step in one) if two.keys() == one.keys() else float("inf")
-    return {"codes": codes, "identical": identical, "apart_from_one_process": apart}
+    return {
+        "codes": codes,
+        "identical": identical,
+        "apart_from_one_process": apart(folder / "reference", folder / "two"),
+    }
 
 
-def _as_torchrun(folder: Path, name: str, victim: bool, restarts: int) -> list[list[int]]:
+def _restarted(folder: Path, name: str, victim: bool, restarts: int) -> list[list[int]]:
     """Return the exit codes of both ranks in each attempt."""
     codes: list[list[int]] = []
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_MAX_RESTARTS": str(restarts)}
     while len(codes) <= restarts and (not codes or any(codes[-1])):
-        os.environ.update(common, MASTER_PORT=str(free_ports(1)[0]))
-        pids = []
-        for rank in range(2):
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-            pids.append(fork(lambda: _rank(str(folder), name, victim)))
-        codes.append([code_of(pid) for pid in pids])
-    for key in (*common, "MASTER_PORT", "RANK", "LOCAL_RANK"):
-        del os.environ[key]
+        work = functools.partial(_with_a_victim, folder, name, victim)
+        codes.append(as_ranks(2, work, TORCHELASTIC_MAX_RESTARTS=str(restarts)))
     return codes
 
 
-def _rank(folder: str, name: str, victim: bool) -> None:
-    from softvq.training import tokenizer_run
-
-    original, mark = tokenizer_run.batches, Path(folder) / "victim"
+def _with_a_victim(folder: Path, name: str, victim: bool) -> None:
+    original, mark = tokenizer_run.batches, folder / "victim"
 
     def deadly(*args: Any) -> Any:
         for place, batch in enumerate(original(*args)):
@@ -53,4 +73,87 @@ def _rank(folder: str, name: str, victim: bool) -> None:
             yield batch
 
     tokenizer_run.batches = deadly
-    tokenizer_run.train_tokenizer(harness.run_config(Path(folder)), Path(folder) / name, resume=True)
+    tokenizer_run.train_tokenizer(harness.run_config(folder), folder / name, resume=True)
+
+
+def stuck(folder: Path, patience: float, ranks: Sequence[int]) -> Figures:
+    """One rank of two that is slow for a moment, and one that is stuck in its data for ever."""
+    found: Figures = {}
+    for name, held, seconds in (("slow", 1, patience / 4), *((f"stuck {rank}", rank, 600.0) for rank in ranks)):
+        work = functools.partial(_held_up, folder, name, held, seconds, patience)
+        began, pids = time.monotonic(), start_ranks(2, work)
+        codes = [code_of(pids.pop(1 - held))]
+        found[name] = {"seconds": time.monotonic() - began}
+        if name != "slow":
+            os.kill(pids[0], signal.SIGKILL)
+        found[name]["codes"] = [*codes, code_of(pids[0])]
+        said = folder / f"{name}.txt"
+        found[name]["said"] = said.read_text() if said.exists() else ""
+    return found
+
+
+def _held_up(folder: Path, name: str, held: int, seconds: float, patience: float) -> None:
+    original, distributed.PATIENCE = tokenizer_run.batches, datetime.timedelta(seconds=patience)
+
+    def held_up(*args: Any) -> Any:
+        for place, batch in enumerate(original(*args)):
+            if place == 3 and os.environ["RANK"] == str(held):
+                time.sleep(seconds)
+            yield batch
+
+    tokenizer_run.batches = held_up
+    try:
+        tokenizer_run.train_tokenizer(harness.run_config(folder, steps=6, sample_every=0), folder / name)
+    except RunError as error:
+        (folder / f"{name}.txt").write_text(str(error))
+        raise
+
+
+def independence(folder: Path, kind: str, steps: int, paths: dict[str, list[int]], **optim: Any) -> dict[str, float]:
+    """Train with one process and with others, also changing their number on the way.
+
+    Args:
+        folder: Where the runs go.
+        kind: `tokenizer`, with a discriminator from the 8th step on, or a kind of generator.
+        steps: Updates of each run.
+        paths: By a name each: how many processes do each equal part of the run.
+        optim: What the recipe's `optim` has otherwise.
+
+    Returns:
+        By the same names, the largest relative difference of a loss from the run of one process.
+    """
+    if kind == "tokenizer" and not (folder / "photographs").exists():
+        harness.make_photographs(folder)
+    if kind != "tokenizer" and not (folder / "cache").exists():
+        generators.make_cache(folder)
+    found = {}
+    for name, counts in {"1": [1], **paths}.items():
+        run = folder / f"{kind}-{name}"
+        ends = [steps * part // len(counts) for part in range(1, len(counts) + 1)]
+        for count, end in zip(counts, ends, strict=True):
+            codes = as_ranks(count, lambda end=end, run=run: _train(folder, kind, run, steps, end, optim))
+            assert codes == [0 if end == steps else 75] * count, (name, codes)
+        found[name] = apart(folder / f"{kind}-1", run)
+        if kind == "tokenizer":
+            found[name] = max(found[name], apart(folder / f"{kind}-1", run, "critic_loss"))
+    return found
+
+
+def _train(folder: Path, kind: str, run: Path, steps: int, end: int, optim: dict[str, Any]) -> None:
+    original = Trainer.update
+
+    def update(self: Trainer, batch: Any) -> Any:
+        if self.step == end - 1 and end < steps and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch)
+
+    Trainer.update = update
+    often = {"save_every": steps, "sample_every": 0}
+    if kind == "tokenizer":
+        config = harness.run_config(folder, optim=optim, steps=steps, **often)
+        tokenizer_run.train_tokenizer(config, run, resume=run.exists())
+    else:
+        options = {f"optim__{name}": value for name, value in optim.items()}
+        options |= {f"train__{name}": value for name, value in {"steps": steps, **often}.items()}
+        config = generators.run_config(kind, latents=folder / "cache", **options)
+        generator_run.train_generator(config, run, resume=run.exists())

@@ -62,6 +62,22 @@ def test_a_killed_rank_is_restarted_and_nothing_is_different(found: dict[str, An
     assert elastic["apart_from_one_process"] < 1e-5
 
 
+@pytest.mark.slow
+def test_a_rank_may_be_slow_and_is_named_when_it_is_stuck(found: dict[str, Any]) -> None:
+    assert found["stuck"]["slow"]["codes"] == [0, 0]
+    assert found["stuck"]["stuck 0"]["codes"] == [3, -9]
+    said = found["stuck"]["stuck 0"]["said"]
+    assert "process 0 of 0 to 1 ended, or did not answer for 0:00:04 and is stuck" in said
+
+
+@pytest.mark.slow
+def test_a_run_that_lacks_memory_goes_on_in_smaller_parts_as_it_is_told(found: dict[str, Any]) -> None:
+    memory = found["memory"]
+    assert memory["codes"] == [3, 3, 0]
+    assert all("raise train.accumulate and resume" in said for said in memory["said"])
+    assert memory["apart"] <= 1e-6
+
+
 def test_a_folder_that_vanishes_is_one_sentence(tmp_path: Path) -> None:
     make_photographs(tmp_path)
     original = tokenizer_run.batches
