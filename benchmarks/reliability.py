@@ -36,6 +36,7 @@ from tests.security import campaigns as hostile
 
 Row = tuple[str, str, str, bool]
 SOAK_STEPS = 240
+RANK_STEPS = 200
 
 
 def faults(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
@@ -202,6 +203,43 @@ def strangers(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
         yield kind, "0 crashes, 0 above 1 s", reached, done == found["files"] and found["slowest_seconds"] <= 1
 
 
+def others(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield a row for each fault of one part of a run, and of commands that are no runs."""
+    whole = harness.reference(folder)
+    found = campaigns.workers(folder, whole, 30)
+    reached = f"{found['identical']}/{found['runs']}, {found['kills']} workers killed"
+    yield "data workers killed, up to three in a run", "all identical", reached, found["identical"] == found["runs"]
+    found = campaigns.memory(folder, 3, steps=200)
+    ok = found["codes"] == [3, 3, 3, 0] and found["apart"] <= 1e-6
+    yield "memory lacked three times, twice as many parts each time", "<= 1e-6", f"{found['apart']:.1e}", ok
+    found = ranks.stuck(folder, 5.0, [0, 1])
+    named = sum(f"process {rank} of" in found[f"stuck {rank}"]["said"] for rank in (0, 1))
+    slowest = max(found[f"stuck {rank}"]["seconds"] for rank in (0, 1))
+    ok = named == 2 and found["slow"]["codes"] == [0, 0]
+    reached = f"{named}/2 named, {slowest:.1f} s with a limit of 5; {'not ' * (not ok)}told apart from slow"
+    yield "a rank that is stuck, one that is slow", "2/2 named, no error", reached, ok
+    found = campaigns.commands(folder / "commands", arguments.stops // 2)
+    count = arguments.stops // 2 * 2
+    reached = f"{found['identical']}/{count}, {found['kills']} of them killed in time"
+    yield "sample and evaluate killed, begun again", f"{count}/{count} identical", reached, found["identical"] == count
+    found = campaigns.long_run(folder, 2000)
+    reached = f"{100 * found['growth']:+.1f} %, {found['handles']} handles, {found['threads']} threads"
+    ok = found["growth"] <= 0.02 and found["handles"] <= 0 and found["threads"] <= 0
+    yield "2,000 steps, after the first 500", "<= 2 % more memory, nothing left open", reached, ok
+
+
+def world_sizes(folder: Path) -> Iterator[Row]:
+    """Yield a row for each kind of training: the loss with other numbers of processes, changed on the way as well."""
+    paths = {"2": [2], "4": [4], "2>1": [2, 1], "2>4": [2, 4], "1>2>4>1": [1, 2, 4, 1]}
+    for kind in ranks.KINDS:
+        lr = 3e-5 if kind == "tokenizer" else 1e-3  # a critic on ten photographs makes more of rounding, the faster
+        found = ranks.independence(folder, kind, RANK_STEPS, paths, lr=lr, warmup_steps=RANK_STEPS // 4)
+        worst = max(found.values())
+        reached = ", ".join(f"{name}: {found[name]:.1e}" for name in paths)
+        asked = f"<= 1e-5 over {RANK_STEPS} steps"
+        yield f"{kind} at {lr:g}, other numbers of processes than 1", asked, reached, worst <= 1e-5
+
+
 def soak(folder: Path, minutes: float) -> Row:
     """One long run, again and again: kills, SIGTERM, full disks and corrupt images at random, for some minutes."""
     harness.make_photographs(folder, 40)
@@ -273,7 +311,7 @@ def main() -> int:
     parser.add_argument("--power-states", type=int, default=1000)
     parser.add_argument("--mutations", type=int, default=5000)
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--only", choices=["runs", "files", "strangers", "soak"])
+    parser.add_argument("--only", choices=["runs", "files", "strangers", "others", "ranks", "soak"])
     parser.add_argument("--out", type=Path, default=Path("reliability.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -281,6 +319,8 @@ def main() -> int:
         "files": lambda folder: files(folder, arguments),
         "strangers": lambda folder: strangers(folder, arguments),
         "runs": lambda folder: faults(folder, arguments),
+        "others": lambda folder: others(folder, arguments),
+        "ranks": world_sizes,
         "soak": lambda folder: iter([soak(folder, arguments.minutes)]),
     }
     console = Console(width=160)

@@ -65,9 +65,9 @@ def replacing(path: Path | str) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what writers that were killed left anywhere below a folder in which nobody writes now."""
-    for path in folder.rglob(".*.tmp*"):
+def remove_leftovers(folder: Path, *, below: bool = True) -> None:
+    """Delete what writers that were killed left in a folder in which nobody writes now, and anywhere below it."""
+    for path in folder.rglob(".*.tmp*") if below else folder.glob(".*.tmp*"):
         if LEFTOVER.fullmatch(path.name):
             path.unlink(missing_ok=True)
 

@@ -188,7 +188,9 @@ def test_what_an_earlier_call_made_is_not_taken_for_this_ones(program: Program) 
     assert program("sample", "sit", "out", "--n", "5").code == 0
     Path("out/notes.txt").write_text("kept")
     Path("out/photo.png").write_bytes(b"kept")
+    Path("out/.000001-bee.png.0123abcd.tmp.png").write_bytes(b"left by a call that was killed")
     assert program("sample", "sit", "out", "--n", "2", "--overwrite").code == 0
+    assert not list(Path("out").glob(".*"))
     assert len(pictures("out")) == 2
     assert {"notes.txt", "photo.png"} <= {path.name for path in Path("out").iterdir()}
 

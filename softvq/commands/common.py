@@ -19,6 +19,7 @@ from torch import Tensor
 
 from softvq.data.images import center_crop, find_images, read_image, to_tensor
 from softvq.errors import InputError, RunError
+from softvq.files import remove_leftovers
 from softvq.tokenizers.autoencoder import ImageTokenizer
 
 __all__ = [
@@ -117,6 +118,8 @@ def check_output(path: Path, overwrite: bool) -> None:
     """
     if not overwrite and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
         raise InputError(f"{path}: is already there; give another name, or --overwrite to replace it")
+    if path.is_dir():
+        remove_leftovers(path, below=False)  # of a call that was killed
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir():
         raise InputError(f"{path}: cannot be made, because {parent} is a file; give another name")

@@ -3,23 +3,28 @@
 Campaigns that fork trainers need a process without threads, in which everything is imported.
 """
 
+import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from softvq.cli import main
 from softvq.errors import RunError
 from softvq.training.checkpoint import latest, verify
 from softvq.training.generator_run import train_generator
 from softvq.training.trainer import Trainer
 from tests import generators
+from tests.program import contents, make_photos
 from tests.reliability import harness
 from tests.reliability.harness import Reference, code_of, fork, outcome, train, trained
 
@@ -194,3 +199,99 @@ def _learn(folder: Path, run: Path, steps: int, parts: int, lacking: int | None)
     except RunError as error:
         (folder / "said").write_text(str(error))
         raise
+
+
+def commands(folder: Path, kills: int, seed: int = 0) -> Figures:
+    """Evaluation and sampling, killed at random and begun again with `--overwrite`: the files of one that was not."""
+    folder.mkdir()
+    generators.make_generator(folder / "sit")
+    make_photos(folder / "photos", tuple(f"{number}.png" for number in range(24)))
+    found: Figures = {"kills": 0, "identical": 0, "different": []}
+    sample = ["sample", "sit", "OUT", "--n", "24", "--steps", "2", "--batch-size", "2"]
+    evaluate = ["evaluate", "reconstruction", "sit/tokenizer", "photos", "--perceptual", "none", "--out", "OUT"]
+    for given in (sample, evaluate):
+        began = time.monotonic()
+        assert code_of(fork(lambda given=given: _command(folder, given, "whole"))) == 0
+        seconds, whole = time.monotonic() - began, contents(folder / "whole")
+        draws = random.Random(seed)
+        for number in range(kills):
+            name = f"killed-{number}"
+            pid = fork(lambda given=given, name=name: _command(folder, given, name))
+            time.sleep(draws.uniform(0, seconds))
+            os.kill(pid, signal.SIGKILL)
+            found["kills"] += code_of(pid) == -signal.SIGKILL
+            again = [*given, "--overwrite"]
+            assert code_of(fork(lambda again=again, name=name: _command(folder, again, name))) == 0
+            left = contents(folder / name)
+            differs = sorted(key for key in {**left, **whole} if left.get(key) != whole.get(key))
+            found["identical"] += not differs
+            found["different"] += differs
+            shutil.rmtree(folder / name)
+        shutil.rmtree(folder / "whole")
+    return found
+
+
+def _command(folder: Path, given: list[str], out: str) -> None:
+    os.chdir(folder)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    code = main([out if word == "OUT" else word for word in given])
+    assert code == 0, code
+
+
+def workers(folder: Path, whole: Reference, kills: int, seed: int = 0) -> Figures:
+    """`kill -9` of data workers, up to three in a run, whose restart nobody notices in the end."""
+    draws, found = random.Random(seed), {"kills": 0, "runs": 0, "identical": 0}
+    while found["kills"] < kills:
+        pid, killed = fork(lambda: _with_workers(folder)), 0
+        while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
+            time.sleep(draws.uniform(0, whole.seconds / 4))
+            children = Path(f"/proc/{pid}/task/{pid}/children")
+            others = children.read_text().split() if children.exists() else []
+            if others and killed < 3:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(draws.choice(others)), signal.SIGKILL)
+                    killed += 1
+        found["kills"] += killed
+        found["runs"] += 1
+        found["identical"] += ended[1] == 0 and outcome(folder / "workers") == whole.outcome
+        shutil.rmtree(folder / "workers")
+    return found
+
+
+def _with_workers(folder: Path) -> None:
+    from torch.utils.data import dataloader
+
+    dataloader._MultiProcessingDataLoaderIter._try_get_data.__defaults__ = (0.2,)  # seconds; torch has 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(folder, "workers", num_workers=2)
+
+
+def long_run(folder: Path, steps: int) -> Figures:
+    """What many steps leave open: handles and threads, and the growth of memory after the first quarter."""
+    read, write = os.pipe()
+    pid = fork(lambda: _watched(folder, steps, write))
+    os.close(write)
+    with os.fdopen(read) as lines:
+        first, last = (json.loads(line) for line in lines)
+    assert code_of(pid) == 0
+    growth = last["bytes"] / first["bytes"] - 1
+    return {"growth": growth, **{name: last[name] - first[name] for name in ("handles", "threads")}}
+
+
+def _watched(folder: Path, steps: int, pipe: int) -> None:
+    original = Trainer.update
+
+    def update(self: Trainer, batch: Any) -> Any:
+        if self.step in (steps // 4, steps - 1):
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+            counts = {
+                name: len(os.listdir(f"/proc/self/{at}")) for name, at in (("handles", "fd"), ("threads", "task"))
+            }
+            os.write(pipe, (json.dumps({"bytes": resident, **counts}) + "\n").encode())
+        return original(self, batch)
+
+    Trainer.update = update
+    train(folder, "long", steps=steps, save_every=100, sample_every=500)
