@@ -18,6 +18,6 @@ if __name__ == "__main__":
         "signals": campaigns.signals(folder, whole),
         "elastic": ranks.elastic(folder),
         "memory": campaigns.memory(folder, 2),
-        "stuck": ranks.stuck(folder, 4.0, [0]),
+        "stuck": ranks.stuck(folder, 4.0, 0),
     }
     print(json.dumps(found))

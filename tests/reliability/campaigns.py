@@ -166,7 +166,7 @@ def signals(folder: Path, whole: Reference) -> Figures:
     return found
 
 
-def memory(folder: Path, times: int, steps: int = 40, seed: int = 0) -> Figures:
+def memory(folder: Path, times: int, steps: int = 12, seed: int = 0) -> Figures:
     """Too little memory at random steps of a generator, and what the run is told to do: twice as many parts, and on."""
     draws, run = random.Random(seed), folder / "little-memory"
     if not (folder / "cache").exists():
@@ -190,7 +190,7 @@ def _learn(folder: Path, run: Path, steps: int, parts: int, lacking: int | None)
         return original(self, *args, **options)
 
     Trainer._differentiate = differentiate
-    often = {"steps": steps, "accumulate": parts, "save_every": 10}
+    often = {"steps": steps, "accumulate": parts, "save_every": 5, "batch_size": 8}
     config = generators.run_config(
         "sit", latents=folder / "cache", **{f"train__{name}": value for name, value in often.items()}
     )

@@ -28,14 +28,14 @@ SAVE_EVERY = 5
 
 
 def run_config(
-    folder: Path, num_workers: int = 0, optim: Mapping[str, Any] = MappingProxyType({}), **train: Any
+    folder: Path, num_workers: int = 0, optim: Mapping[str, Any] = MappingProxyType({}), start: int = 8, **train: Any
 ) -> TokenizerRunConfig:
     """Return a recipe with a discriminator, which starts in the middle, over a folder's photographs."""
     vit = {"width": 16, "depth": 1, "num_heads": 2}
     quantizer = {"kind": "softvq", "codebook_size": 16, "num_codebooks": 2}
     sizes = {"num_latent_tokens": 4, "latent_dim": 8, "image_size": 32, "patch_size": 8}
     every = {"log_every": 1, "save_every": SAVE_EVERY, "sample_every": 12, "keep": 2}
-    critic = {"discriminator": {"kind": "patchgan", "width": 8, "depth": 2}, "start": 8}
+    critic = {"discriminator": {"kind": "patchgan", "width": 8, "depth": 2}, "start": start}
     data = {
         "model": {"encoder": vit, "decoder": vit, "quantizer": quantizer, **sizes},
         "data": {"path": str(folder / "photographs"), "num_workers": num_workers, "max_bad_fraction": 0.5},

@@ -5,7 +5,7 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,29 +76,27 @@ def _with_a_victim(folder: Path, name: str, victim: bool) -> None:
     tokenizer_run.train_tokenizer(harness.run_config(folder), folder / name, resume=True)
 
 
-def stuck(folder: Path, patience: float, ranks: Sequence[int]) -> Figures:
-    """One rank of two that is slow for a moment, and one that is stuck in its data for ever."""
-    found: Figures = {}
-    for name, held, seconds in (("slow", 1, patience / 4), *((f"stuck {rank}", rank, 600.0) for rank in ranks)):
-        work = functools.partial(_held_up, folder, name, held, seconds, patience)
-        began, pids = time.monotonic(), start_ranks(2, work)
-        codes = [code_of(pids.pop(1 - held))]
-        found[name] = {"seconds": time.monotonic() - began}
-        if name != "slow":
-            os.kill(pids[0], signal.SIGKILL)
-        found[name]["codes"] = [*codes, code_of(pids[0])]
-        said = folder / f"{name}.txt"
-        found[name]["said"] = said.read_text() if said.exists() else ""
-    return found
+def stuck(folder: Path, patience: float, held: int) -> Figures:
+    """Of two ranks, one that is slow for a moment, and then the other, or the same, stuck in its data for ever."""
+    name = f"stuck-{held}"
+    began, pids = time.monotonic(), start_ranks(2, functools.partial(_held_up, folder, name, held, patience))
+    code = code_of(pids[1 - held])
+    seconds = time.monotonic() - began
+    os.kill(pids[held], signal.SIGKILL)
+    code_of(pids[held])
+    steps = [line["step"] for line in harness.lines_of(folder / name)]
+    return {"code": code, "seconds": seconds, "said": (folder / f"{name}.txt").read_text(), "steps": steps}
 
 
-def _held_up(folder: Path, name: str, held: int, seconds: float, patience: float) -> None:
+def _held_up(folder: Path, name: str, held: int, patience: float) -> None:
     original, distributed.PATIENCE = tokenizer_run.batches, datetime.timedelta(seconds=patience)
 
     def held_up(*args: Any) -> Any:
         for place, batch in enumerate(original(*args)):
+            if place == 1 and os.environ["RANK"] == "1":
+                time.sleep(patience / 4)
             if place == 3 and os.environ["RANK"] == str(held):
-                time.sleep(seconds)
+                time.sleep(600)
             yield batch
 
     tokenizer_run.batches = held_up

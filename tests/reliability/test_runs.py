@@ -64,10 +64,10 @@ def test_a_killed_rank_is_restarted_and_nothing_is_different(found: dict[str, An
 
 @pytest.mark.slow
 def test_a_rank_may_be_slow_and_is_named_when_it_is_stuck(found: dict[str, Any]) -> None:
-    assert found["stuck"]["slow"]["codes"] == [0, 0]
-    assert found["stuck"]["stuck 0"]["codes"] == [3, -9]
-    said = found["stuck"]["stuck 0"]["said"]
-    assert "process 0 of 0 to 1 ended, or did not answer for 0:00:04 and is stuck" in said
+    stuck = found["stuck"]
+    assert stuck["steps"] == [1, 2, 3]  # the second was slow
+    assert stuck["code"] == 3
+    assert "process 0 of 0 to 1 ended, or did not answer for 0:00:04 and is stuck" in stuck["said"]
 
 
 @pytest.mark.slow
