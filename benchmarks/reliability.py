@@ -231,7 +231,7 @@ def world_sizes(folder: Path) -> Iterator[Row]:
     """Yield a row for each kind of training: the loss with other numbers of processes, changed on the way as well."""
     paths = {"2": [2], "4": [4], "2>1": [2, 1], "2>4": [2, 4], "1>2>4>1": [1, 2, 4, 1]}
     for kind in ranks.KINDS:
-        lr = 3e-5 if kind == "tokenizer" else 1e-3  # a critic on ten photographs makes more of rounding, the faster
+        lr = 1e-5 if kind == "tokenizer" else 1e-3  # a critic on ten photographs makes more of rounding, the faster
         found = ranks.independence(folder, kind, RANK_STEPS, paths, lr=lr, warmup_steps=RANK_STEPS // 4)
         worst = max(found.values())
         reached = ", ".join(f"{name}: {found[name]:.1e}" for name in paths)

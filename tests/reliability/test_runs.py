@@ -32,7 +32,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(360)
 def test_killed_runs_end_as_the_one_that_was_not(found: dict[str, Any]) -> None:
     kills = found["kills"]
     assert kills["mismatches"] == []
