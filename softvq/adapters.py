@@ -222,7 +222,6 @@ def tokenize_images(
     Returns:
         A function of a batch of rows; latents are float16, `[token][dim]` for each row.
     """
-
     # not a function made here: `datasets` takes a fingerprint of what it is given, which is slow of such
     return functools.partial(_tokenized, tokenizer, column)
 
