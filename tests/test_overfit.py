@@ -18,6 +18,7 @@ PHOTOS = Path(softvq.__file__).parent / "assets/photos/val"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two minutes of computing, on a machine that has nothing else to do
 def test_the_tiny_preset_brings_a_handful_of_photographs_above_25_db(tmp_path: Path) -> None:
     """Train on six bundled photographs and reconstruct the same six."""
     photos = tmp_path / "photos"

@@ -37,6 +37,8 @@ def test_nothing_is_lost_at_far_more_than_it_can_do(served: Served) -> None:
     assert campaigns.batch_difference(served.port, 1, 4) <= 1
 
 
+# that the server's thread draws random numbers too, and that photographs have a long repr
+@pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")
 def test_a_schema_fuzz_finds_nothing(served: Served) -> None:
     found = campaigns.fuzz(served.port, PHOTO, 60)
     assert found["requests"] >= 50
