@@ -63,6 +63,11 @@ def test_a_killed_rank_is_restarted_and_nothing_is_different(found: dict[str, An
 
 
 @pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_as_one_and_learns_the_same(found: dict[str, Any]) -> None:
+    assert 0 < found["independence"]["2>1"] <= 1e-5
+
+
+@pytest.mark.slow
 def test_a_rank_may_be_slow_and_is_named_when_it_is_stuck(found: dict[str, Any]) -> None:
     stuck = found["stuck"]
     assert stuck["steps"] == [1, 2, 3]  # the second was slow

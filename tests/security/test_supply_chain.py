@@ -10,13 +10,14 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 SUFFIXES = {".py", ".typed", ".json", ".yaml", ".md", ".txt", ".csv", ".jpg", ".safetensors"}
+SUFFIXES |= {".html", ".css", ".js", ".svg"}
 LARGE = {
     "pretrained/photos-64/model.safetensors",
     "pretrained/flowers-dit/model.safetensors",
     "assets/photos/manifest.csv",
 }
 """Files above 100 kB: the models that come with the package, and where its photographs are from."""
-FREE = re.compile(r"Apache|MIT|BSD|BSL-1\.0|PSF|Python Software|Zlib|CC0|ISC|MPL-2\.0", re.IGNORECASE)
+FREE = re.compile(r"Apache|MIT|BSD|BSL-1\.0|PSF|Zlib|CC0|ISC|MPL-2\.0|Mozilla Public License 2\.0", re.IGNORECASE)
 OF_TORCH = ("nvidia-", "cuda-")
 """NVIDIA's libraries, which torch brings along on Linux; softvq neither names nor ships them."""
 
