@@ -227,11 +227,11 @@ def others(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
     yield "2,000 steps, after the first 500", "<= 2 % more memory, nothing left open", reached, ok
 
 
-def world_sizes(folder: Path) -> Iterator[Row]:
+def world_sizes(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
     """Yield a row for each kind of training: the loss with other numbers of processes, changed on the way as well."""
     paths = {"2": [2], "4": [4], "2>1": [2, 1], "2>4": [2, 4], "1>2>4>1": [1, 2, 4, 1]}
     for kind in ranks.KINDS:
-        lr = 1e-5 if kind == "tokenizer" else 1e-3  # a critic on ten photographs makes more of rounding, the faster
+        lr = arguments.rate if kind == "tokenizer" else 1e-3
         found = ranks.independence(folder, kind, RANK_STEPS, paths, lr=lr, warmup_steps=RANK_STEPS // 4)
         worst = max(found.values())
         reached = ", ".join(f"{name}: {found[name]:.1e}" for name in paths)
@@ -310,6 +310,7 @@ def main() -> int:
     parser.add_argument("--power-states", type=int, default=1000)
     parser.add_argument("--mutations", type=int, default=5000)
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--rate", type=float, default=1e-5, help="of learning, of the tokenizer of the part ranks")
     parser.add_argument("--only", choices=["runs", "files", "strangers", "others", "ranks", "soak"])
     parser.add_argument("--out", type=Path, default=Path("reliability.json"))
     arguments = parser.parse_args()
@@ -319,7 +320,7 @@ def main() -> int:
         "strangers": lambda folder: strangers(folder, arguments),
         "runs": lambda folder: faults(folder, arguments),
         "others": lambda folder: others(folder, arguments),
-        "ranks": world_sizes,
+        "ranks": lambda folder: world_sizes(folder, arguments),
         "soak": lambda folder: iter([soak(folder, arguments.minutes)]),
     }
     console = Console(width=160)
