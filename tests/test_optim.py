@@ -6,8 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.testing import assert_close
 
 from softvq.errors import InputError, RunError
+from softvq.training import muon
+from softvq.training.muon import Muon
 from softvq.training.optim import (
     OptimConfig,
     Optimizer,
@@ -246,3 +249,41 @@ def test_muon_resumes_from_its_state_bit_for_bit() -> None:
             parameter.grad = torch.randn_like(parameter)
         optimizer.update(1, NO_SKIP)
     assert all(torch.equal(p, resumed.get_parameter(name)) for name, p in straight.named_parameters())
+
+
+SHAPES = [(8, 8), (24, 8), (8, 8), (8, 32), (24, 8)]
+
+
+def matrices_like(shapes: list[tuple[int, int]]) -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(shape)) for shape in shapes]
+
+
+@pytest.mark.parametrize("most", [64, 1 << 20])
+def test_muon_in_stacks_is_the_muon_of_torch(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "MOST_NUMBERS", most)  # 64 numbers are a stack of one matrix
+    ours, theirs = matrices_like(SHAPES), matrices_like(SHAPES)
+    stacked = Muon(ours, weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step, lr in enumerate((0.1, 0.03, 0.2)):
+        torch.manual_seed(step + 1)
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        before = [matrix.detach().clone() for matrix in theirs]
+        reference.param_groups[0]["lr"] = lr
+        reference.step()
+        stacked.step(lr, NO_SKIP)
+        for one, other, old in zip(ours, theirs, before, strict=True):
+            # bfloat16 rounds products in stacks otherwise than single ones
+            assert (one - other).norm() < 0.02 * (step + 1) * (other - old).norm()
+            assert_close(stacked.state[one]["momentum_buffer"], reference.state[other]["momentum_buffer"])
+
+
+def test_updates_of_matrices_come_back_in_their_order() -> None:
+    gradients = [matrix.detach() for matrix in matrices_like(SHAPES)]
+    together = muon.orthogonal_updates(gradients, 0.1)
+    for gradient, update in zip(gradients, together, strict=True):
+        (alone,) = muon.orthogonal_updates([gradient], 0.1)
+        assert (update - alone).norm() < 0.02 * alone.norm()
+        assert (gradient * update).sum() < 0

@@ -152,10 +152,20 @@ class Ema:
         averages, weights, share = [*self.averages.values()], [*self.parameters.values()], 1 - self.decay_at(step)
         if not averages:
             return
-        if skip is None:
-            torch._foreach_lerp_(averages, weights, share)
-        else:
-            torch._foreach_lerp_(averages, weights, [(1 - skip) * share] * len(averages))
+        # a - share (a - w) as a step of SGD up the gradient w, decayed by 1: the only such kernel that can be told to skip
+        torch._fused_sgd_(
+            averages,
+            [weight.detach() for weight in weights],
+            [],
+            weight_decay=1.0,
+            momentum=0.0,
+            lr=share,
+            dampening=0.0,
+            nesterov=False,
+            maximize=True,
+            is_first_step=False,
+            found_inf=skip,
+        )
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

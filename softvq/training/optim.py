@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from softvq.config import check_finite
 from softvq.errors import InputError, RunError
 from softvq.training import sharding
+from softvq.training.muon import Muon
 from softvq.training.sharded_muon import ShardedMuon
 
 __all__ = ["OptimConfig", "Optimizer", "copy_named", "learning_rate", "parameter_groups"]
@@ -122,13 +123,12 @@ class Optimizer:
             {"params": [self._parts[name] for name in rest], "weight_decay": 0.0},
         ]
         self.adamw = _SkippableAdamW([group for group in groups if group["params"]], betas=config.betas, fused=True)
-        self.muon: torch.optim.Muon | ShardedMuon | None = None
+        self.muon: Muon | ShardedMuon | None = None
         self.by_muon = {name: self._parts[name] for name in muon}
         if muon and self._sharded:
             self.muon = ShardedMuon([(self._parts[name], p) for name, p in muon.items()], config.weight_decay)
         elif muon:
-            decay = config.weight_decay
-            self.muon = torch.optim.Muon(muon.values(), weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+            self.muon = Muon(muon.values(), config.weight_decay)
 
     def clip_gradients(self) -> Float[Tensor, ""]:
         """Scale all gradients so that their norm is at most `grad_clip`, and return the norm they had."""
@@ -150,7 +150,7 @@ class Optimizer:
         self.adamw.found_inf = skip
         self.adamw.step()
         if self.muon is not None:
-            self._update_by_muon(self.muon, lr, skip)
+            self.muon.step(lr, skip)
         for parameter in (*self.parameters.values(), *self._parts.values()):
             parameter.grad = None
 
@@ -164,31 +164,19 @@ class Optimizer:
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state` returned."""
+        if self.muon is not None:
+            self.muon.prepare()
         for name, parameter in self._parts.items():
-            if name in self.by_muon:
-                kinds = {"momentum_buffer": torch.zeros_like(parameter)}
-            else:
-                kinds = {
+            if name not in self.by_muon:
+                self.adamw.state[parameter] = {
                     "step": torch.zeros((), device=parameter.device),
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
-            self._states(name)[parameter] = kinds
         copy_named(self.state(), tensors, "optimizer")
 
     def _states(self, name: str) -> dict[Tensor, dict[str, Tensor]]:
         return self.muon.state if self.muon is not None and name in self.by_muon else self.adamw.state
-
-    @torch.no_grad()
-    def _update_by_muon(self, muon: torch.optim.Muon | ShardedMuon, lr: float, skip: Tensor) -> None:
-        """Muon cannot be told to skip, so what a skipped update would change is put back, without a host sync."""
-        for group in muon.param_groups:
-            group["lr"] = lr
-        changed = [*self.by_muon.values(), *(state["momentum_buffer"] for state in muon.state.values())]
-        before = [tensor.clone() for tensor in changed]
-        muon.step()
-        for tensor, old in zip(changed, before, strict=True):
-            torch.where(skip > 0, old, tensor, out=tensor)
 
 
 class _SkippableAdamW(torch.optim.AdamW):

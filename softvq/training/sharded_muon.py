@@ -6,21 +6,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from softvq.ranks import rank, world_size
+from softvq.training.muon import MOMENTUM, orthogonal_updates
 
 __all__ = ["ShardedMuon"]
 
-MOMENTUM = 0.95
-"""What `torch.optim.Muon` has by default."""
-
 
 class ShardedMuon:
-    """What `torch.optim.Muon` does with Nesterov momentum, on parts.
+    """What `Muon` does, on parts.
 
     Momentum and decay are elementwise, so that parts suffice. What momentum makes of the gradient is brought together
-    on one rank for each matrix, which lets torch's Muon turn it into an update and hands that back in parts.
+    on one rank for each matrix, which turns it into an update and hands that back in parts.
 
     Args:
         matrices: Parts of this rank, each with the matrix it is of, spread by rows; on every rank in the same order.
@@ -32,23 +31,36 @@ class ShardedMuon:
         self._shapes = [whole.shape for _, whole in matrices]
         self._owners = _owners([shape.numel() for shape in self._shapes], world_size())
         self.state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
-        self.param_groups: list[dict[str, Any]] = [{"lr": 0.0}]
         self._weight_decay = weight_decay
 
+    def prepare(self) -> None:
+        """Make the state, of zeros, if there is none yet."""
+        for part in self._parts:
+            self.state[part].setdefault("momentum_buffer", torch.zeros_like(part))
+
     @torch.no_grad()
-    def step(self) -> None:
-        """Make one update; every rank must call it."""
-        lr = self.param_groups[0]["lr"]
-        updates = self._scattered([self._orthogonal(whole, lr) for whole in self._collected()])
+    def step(self, lr: float, skip: Float[Tensor, ""]) -> None:
+        """Make one update; every rank must call it.
+
+        Args:
+            lr: The learning rate.
+            skip: 1 to leave weights and state as they are, whatever the gradients; read on the device.
+        """
+        self.prepare()
+        changed = [*self._parts, *(self.state[part]["momentum_buffer"] for part in self._parts)]
+        before = [tensor.clone() for tensor in changed]
+        updates = self._scattered(self._orthogonal(self._collected(), lr))
         for part, update in zip(self._parts, updates, strict=True):
             part.mul_(1 - lr * self._weight_decay).add_(update)
+        for tensor, old in zip(changed, before, strict=True):
+            torch.where(skip > 0, old, tensor, out=tensor)
 
     def _collected(self) -> list[Tensor | None]:
         """Return what momentum makes of the gradients: whole matrices where this rank owns them."""
         sent, received, works = [], [], []
         for part, shape, owner in zip(self._parts, self._shapes, self._owners, strict=True):
             assert part.grad is not None
-            momentum = self.state[part].setdefault("momentum_buffer", torch.zeros_like(part))
+            momentum = self.state[part]["momentum_buffer"]
             momentum.lerp_(part.grad, 1 - MOMENTUM)
             rows = part.new_zeros(-(-shape[0] // world_size()), shape[1])  # all ranks have to send as much
             rows[: len(part)] = part.grad.lerp(momentum, MOMENTUM)
@@ -63,14 +75,9 @@ class ShardedMuon:
             for boxes, shape in zip(received, self._shapes, strict=True)
         ]
 
-    def _orthogonal(self, gradient: Tensor | None, lr: float) -> Tensor | None:
-        if gradient is None:
-            return None
-        update = nn.Parameter(torch.zeros_like(gradient))
-        update.grad = gradient
-        plain = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
-        torch.optim.Muon([update], lr=lr, adjust_lr_fn="match_rms_adamw", **plain).step()
-        return update.detach()
+    def _orthogonal(self, wholes: Sequence[Tensor | None], lr: float) -> list[Tensor | None]:
+        updates = iter(orthogonal_updates([whole for whole in wholes if whole is not None], lr))
+        return [None if whole is None else next(updates) for whole in wholes]
 
     def _scattered(self, updates: Sequence[Tensor | None]) -> list[Tensor]:
         parts, works, kept = [], [], []
