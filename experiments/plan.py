@@ -4,8 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,10 @@ __all__ = ["DEVICE", "FIGURES", "Cell", "Experiment", "Job", "Options", "Plot", 
 DEVICE = "{device}"
 """Stands in commands for the device, which is known when a job starts and changes nothing that is asked."""
 GENERATOR, CELL = "generator.", "cell:"
+OWN = "{own}"
+"""Stands in commands for the job's folder, which is named after what they do."""
+SHOWN = 16
+"""Digits of that name."""
 FIGURES = {
     "reconstruction.psnr": "PSNR in dB",
     "reconstruction.ssim": "SSIM",
@@ -75,6 +78,8 @@ class Settings:
     """Levels of which cells that have all are left out."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of weights, order and noise; each is a job."""
+    once: tuple[tuple[str, ...], ...] = ()
+    """Levels of which cells that have all are trained with the first seed alone."""
     measure: tuple[Literal["reconstruction", "probe", "generation"], ...] = ("reconstruction",)
     """What is evaluated."""
     guidance: float = 1.0
@@ -125,12 +130,29 @@ class Experiment:
         """Return the product of the axes without what `skip` names."""
         found = []
         for names in itertools.product(*self.axes.values()):
-            if any(set(left_out) <= set(names) for left_out in self.settings.skip):
+            if _named(self.settings.skip, names):
                 continue
             levels = dict(zip(self.axes, names, strict=True))
             fields = {key: value for axis, level in levels.items() for key, value in self.axes[axis][level].items()}
             found.append(Cell(levels=levels, fields=fields))
         return found
+
+    def names(self) -> list[str]:
+        """Return the names of cells and of levels."""
+        levels = [name for cell in self.cells() for name in cell.levels.values()]
+        return list(dict.fromkeys([*(cell.name for cell in self.cells()), *levels]))
+
+    def seeds(self, cell: Cell, asked: tuple[int, ...] | None) -> tuple[int, ...]:
+        """Return the seeds of a cell: those that were asked for, or all of the file's; of some cells only its first."""
+        seeds, first = self.settings.seeds if asked is None else asked, self.settings.seeds[0]
+        if _named(self.settings.once, cell.levels.values()):
+            return tuple(seed for seed in seeds if seed == first)
+        return seeds
+
+
+def _named(groups: Iterable[Iterable[str]], levels: Iterable[str]) -> bool:
+    """Return whether all levels of one of the groups are among these."""
+    return any(set(group) <= set(levels) for group in groups)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,7 +184,9 @@ class Job:
     """One process: train a model and measure it."""
 
     name: str
-    """Its folder, relative to OUT, where its commands are carried out."""
+    """Its folder, relative to OUT, where its commands are carried out: the same for the same work."""
+    title: str
+    """What it is, for people."""
     recipe: str
     """The resolved recipe, as YAML."""
     commands: tuple[tuple[str, ...], ...]
@@ -198,25 +222,26 @@ def read_experiment(path: Path) -> Experiment:
             raise InputError(f"{path}: axes.{axis} is {levels!r}, expected levels with recipe fields, {{}} for none")
     experiment = Experiment(path=path, settings=from_dict(Settings, data, str(path)), axes=axes, common=common)
     known = {level for levels in axes.values() for level in levels}
-    for left_out in experiment.settings.skip:
-        if not left_out or not known.issuperset(left_out):
-            raise InputError(f"{path}: skip has {list(left_out)}, expected names of levels")
+    for field in ("skip", "once"):
+        for group in getattr(experiment.settings, field):
+            if not group or not known.issuperset(group):
+                raise InputError(f"{path}: {field} has {list(group)}, expected names of levels")
     for plot in experiment.settings.plots:
         if plot.x not in {*axes, *FIGURES} or (plot.lines is not None and plot.lines not in axes):
             raise InputError(
                 f"{path}: plots: x is {plot.x!r} and lines {plot.lines!r}, expected axes, or a figure as x"
             )
-    names = [_slug(cell.name) for cell in experiment.cells()]
+    names = [cell.name for cell in experiment.cells()]
     if len(set(names)) < len(names) or not names:
-        raise InputError(f"{path}: two cells would have the same folder, or none is left; give levels other names")
+        raise InputError(f"{path}: two cells have the same name, or none is left; give levels other names")
     return experiment
 
 
 def build_jobs(experiment: Experiment, options: Options) -> tuple[dict[str, Job], dict[tuple[str, int], list[str]]]:
     """Return the jobs of an experiment, and the names of those that each cell and seed needs.
 
-    Cells whose recipes of the tokenizer are the same share its training, and `start_from: cell:NAME` starts from the
-    tokenizer of that cell with the same seed.
+    Jobs that do the same have the same name, so that cells share them, also those of several experiments in one OUT.
+    `start_from: cell:NAME` starts from the tokenizer of that cell with the same seed.
 
     Args:
         experiment: The experiment.
@@ -226,17 +251,14 @@ def build_jobs(experiment: Experiment, options: Options) -> tuple[dict[str, Job]
         Jobs by name, those that others need first; and names of jobs by cell and seed.
 
     Raises:
-        InputError: If a recipe cannot be resolved, or `--only` names what there is not.
+        InputError: If a recipe cannot be resolved.
     """
     builder, wanted = _Builder(experiment, options), {}
     cells = experiment.cells()
-    for name in options.only:
-        if not any(name in {cell.name, *cell.levels.values()} for cell in cells):
-            raise InputError(f"--only has {name!r}, expected one of {'; '.join(cell.name for cell in cells)}")
     for cell in cells:
         if options.only and not {cell.name, *cell.levels.values()} & set(options.only):
             continue
-        for seed in experiment.settings.seeds if options.seeds is None else options.seeds:
+        for seed in experiment.seeds(cell, options.seeds):
             wanted[cell.name, seed] = builder.jobs_of(cell, seed)
     return builder.jobs, wanted
 
@@ -248,13 +270,7 @@ class _Builder:
         self.cells = {cell.name: cell for cell in experiment.cells()}
         self.jobs: dict[str, Job] = {}
         self.shapes: dict[str, dict[str, int]] = {}
-        self.begun: set[str] = set()
-        of_tokenizer = {
-            axis: any(not key.startswith(GENERATOR) for fields in levels.values() for key in fields)
-            for axis, levels in experiment.axes.items()
-        }
-        # a cell that differs in its generator alone has the tokenizer of its neighbours
-        self.shared = [axis for axis, differs in of_tokenizer.items() if differs]
+        self.begun: list[str] = []
 
     def jobs_of(self, cell: Cell, seed: int) -> list[str]:
         tokenizer = self.tokenizer(cell, seed)
@@ -269,13 +285,8 @@ class _Builder:
         return [*(pair.removeprefix(GENERATOR) for pair in mine), f"seed={seed}"]
 
     def tokenizer(self, cell: Cell, seed: int) -> str:
-        kind = _slug(", ".join(cell.levels[axis] for axis in self.shared) or "tokenizer")
-        name = f"tokenizers/{kind}/seed-{seed}"
-        if name in self.jobs:
-            return name
-        if name in self.begun:
+        if cell.name in self.begun:
             raise InputError(f"{self.experiment.path}: {cell.name!r} starts from itself; let start_from name another")
-        self.begun.add(name)
         options, path = self.options, self.folder / self.experiment.settings.recipe
         recipe = read_recipe(path, self.changes(cell, seed, generator=False), {})
         parents = []
@@ -285,53 +296,62 @@ class _Builder:
                 raise InputError(
                     f"{self.experiment.path}: start_from is {recipe.start_from!r}, which is no cell's name"
                 )
+            self.begun.append(cell.name)
             parents = [self.tokenizer(other, seed)]
+            self.begun.pop()
             recipe = dataclasses.replace(recipe, start_from=f"{parents[0]}/run/tokenizer")
-        self.shapes[name] = {"num_tokens": recipe.model.num_latent_tokens, "latent_dim": recipe.model.latent_dim}
-        data, model = options.data.resolve(), f"{name}/run/tokenizer"
-        train = ["train", "tokenizer", "--config", f"{name}/recipe.yaml", "--data", f"{data}/train"]
-        commands = [[*train, "--run", f"{name}/run", "--device", DEVICE]]
+        data, model = options.data.resolve(), f"{OWN}/run/tokenizer"
+        train = ["train", "tokenizer", "--config", f"{OWN}/recipe.yaml", "--data", f"{data}/train"]
+        commands = [[*train, "--run", f"{OWN}/run", "--device", DEVICE]]
         measured = ["--batch-size", "128", "--device", DEVICE]
         if "reconstruction" in self.experiment.settings.measure:
             looked = ["--features", options.features, "--perceptual", options.perceptual]
-            looked += ["--workers", str(options.workers), "--out", f"{name}/reconstruction"]
+            looked += ["--workers", str(options.workers), "--out", f"{OWN}/reconstruction"]
             commands.append(["evaluate", "reconstruction", model, f"{data}/val", *looked, *measured])
         if "probe" in self.experiment.settings.measure:
-            looked = ["--on", "latents-pooled", "--out", f"{name}/probe"]
+            looked = ["--on", "latents-pooled", "--out", f"{OWN}/probe"]
             commands.append(["evaluate", "probe", model, str(data), *looked, *measured])
-        return self.add(name, to_yaml(recipe), commands, parents)
+        name = self.add(("tokenizer", cell, seed), to_yaml(recipe), commands, parents)
+        self.shapes[name] = {"num_tokens": recipe.model.num_latent_tokens, "latent_dim": recipe.model.latent_dim}
+        return name
 
     def generator(self, cell: Cell, seed: int, tokenizer: str) -> str:
         settings, options = self.experiment.settings, self.options
-        name = f"generators/{_slug(cell.name)}/seed-{seed}"
         path = self.folder / str(settings.generator)
         shape = {**self.shapes[tokenizer], "num_classes": options.classes}
         written = apply_overrides(read_yaml(path), self.changes(cell, seed, generator=True))
         recipe = from_dict(GeneratorRunConfig, expand_generator(written, shape), str(path))
         data, device = options.data.resolve(), ["--device", DEVICE]
-        cached = ["cache-latents", f"{tokenizer}/run/tokenizer", f"{data}/train", f"{name}/latents"]
-        train = ["train", "generator", "--config", f"{name}/recipe.yaml", "--latents", f"{name}/latents"]
+        cached = ["cache-latents", f"{tokenizer}/run/tokenizer", f"{data}/train", f"{OWN}/latents"]
+        train = ["train", "generator", "--config", f"{OWN}/recipe.yaml", "--latents", f"{OWN}/latents"]
         sampled = ["--n", str(options.n), "--guidance", f"{settings.guidance:g}", "--seed", str(seed)]
         sampled += ["--features", options.features, "--workers", str(options.workers), "--batch-size", "250"]
-        made = ["evaluate", "generation", f"{name}/run/generator", f"{data}/train", "--crop", *sampled]
+        made = ["evaluate", "generation", f"{OWN}/run/generator", f"{data}/train", "--crop", *sampled]
         commands = [
             [*cached, "--workers", str(options.workers), "--batch-size", "128", *device],
-            [*train, "--run", f"{name}/run", *device],
-            [*made, "--out", f"{name}/generation", *device],
+            [*train, "--run", f"{OWN}/run", *device],
+            [*made, "--out", f"{OWN}/generation", *device],
         ]
-        return self.add(name, to_yaml(recipe), commands, [tokenizer])
+        return self.add(("generator", cell, seed), to_yaml(recipe), commands, [tokenizer])
 
-    def add(self, name: str, recipe: str, commands: list[list[str]], parents: list[str]) -> str:
+    def add(self, what: tuple[str, Cell, int], recipe: str, commands: list[list[str]], parents: Sequence[str]) -> str:
         facts = [recipe, commands, [self.jobs[parent].sha256 for parent in parents]]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-        carried = tuple(map(tuple, commands))
-        self.jobs[name] = Job(name=name, recipe=recipe, commands=carried, parents=tuple(parents), sha256=digest)
+        kind, cell, seed = what
+        name = f"{kind}s/{digest[:SHOWN]}"
+        self.jobs.setdefault(
+            name,
+            Job(
+                name=name,
+                title=f"{self.experiment.path.stem}: {kind} of {cell.name}, seed {seed}",
+                recipe=recipe,
+                commands=tuple(tuple(word.replace(OWN, name) for word in command) for command in commands),
+                parents=tuple(parents),
+                sha256=digest,
+            ),
+        )
         return name
 
 
 def _pairs(fields: Mapping[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in fields.items()]
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")

@@ -28,6 +28,8 @@ class Row:
     """The seed."""
     figures: Mapping[str, float]
     """By `SOURCE.figure`."""
+    jobs: Sequence[str] = ()
+    """Their folders in OUT."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

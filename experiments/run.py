@@ -1,4 +1,4 @@
-"""Run an experiment: train and measure a small model for each of its cells and seeds, and put the figures side by side.
+"""Run experiments: train and measure a small model for each of their cells and seeds, and put the figures side by side.
 
     python experiments/run.py experiments/quantizers.yaml --data FOLDER --out OUT --device cuda:0 cuda:1 --jobs 4
 
@@ -9,6 +9,7 @@ done again, so the same command goes on where it was cut off. `KEY=VALUE` change
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -71,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("experiment", type=Path, help="its YAML")
+    parser.add_argument(
+        "experiments", type=Path, nargs="+", metavar="YAML", help="an experiment; equal jobs are shared"
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder with train/CLASS and val/CLASS")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to, and to go on in")
     parser.add_argument("--device", nargs="+", default=["cpu"], help="cpu, or cuda:0 cuda:1 ... (default: cpu)")
@@ -83,14 +86,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--perceptual", default="auto", help="as softvq evaluate reconstruction takes it")
     parser.add_argument("--workers", type=int, default=2, help="that decode for each evaluation (default: 2)")
     parser.add_argument("--threads", type=int, default=2, help="of the processor for each job (default: 2)")
-    parser.add_argument("--dry-run", action="store_true", help="resolve all recipes, list the jobs and stop")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--dry-run", action="store_true", help="resolve all recipes, list the jobs and stop")
+    only.add_argument("--report", action="store_true", help="write tables and pictures of what is finished, and stop")
     return parser
 
 
 def _run(arguments: argparse.Namespace, overrides: tuple[str, ...], command: str, console: Console) -> int:
     if arguments.jobs < 1 or arguments.threads < 1:
         raise InputError(f"--jobs is {arguments.jobs} and --threads {arguments.threads}, expected at least 1 each")
-    experiment = read_experiment(arguments.experiment)
+    experiments = [read_experiment(path) for path in arguments.experiments]
+    if len({experiment.path.stem for experiment in experiments}) < len(experiments):
+        raise InputError("two experiments have the same name, and would write to the same folder; rename one")
     kind, equals, file = arguments.features.partition("=")
     options = Options(
         data=arguments.data,
@@ -103,24 +110,45 @@ def _run(arguments: argparse.Namespace, overrides: tuple[str, ...], command: str
         perceptual=arguments.perceptual,
         workers=arguments.workers,
     )
-    jobs, _ = build_jobs(experiment, options)
-    seeds = dict.fromkeys([*experiment.settings.seeds, *(options.seeds or ())])
-    known = build_jobs(experiment, dataclasses.replace(options, only=(), seeds=tuple(seeds)))
+    jobs = _jobs(experiments, options)
     out = arguments.out
     todo = [job for job in jobs.values() if not _finished(out, job)]
-    console.print(f"{experiment.settings.title}: {len(jobs)} jobs, {len(jobs) - len(todo)} of them finished")
-    varied = {key for cell in experiment.cells() for key in cell.fields}
+    titles = "; ".join(experiment.settings.title for experiment in experiments)
+    console.print(f"{titles}: {len(jobs)} jobs, {len(jobs) - len(todo)} of them finished")
+    varied = {key for experiment in experiments for cell in experiment.cells() for key in cell.fields}
     for key in sorted(varied & {text.partition("=")[0] for text in overrides}):
         console.print(f"warning: {key} is given for all cells, also for those that set it themselves", markup=False)
     if arguments.dry_run:
         for job in todo:
-            console.print(job.name, markup=False)
+            console.print(f"{job.title} ({job.name})", markup=False)
         return 0
     slots = arguments.device * arguments.jobs
     with folder_lock(out, "written", leave=False):
-        failed = carry_out(todo, out, slots, arguments.threads, console)
-        _summarise(experiment, known, failed, out, arguments.device, command)
+        failed = {} if arguments.report else carry_out(todo, out, slots, arguments.threads, console)
+        for experiment in experiments:
+            seeds = tuple(dict.fromkeys([*experiment.settings.seeds, *(options.seeds or ())]))
+            known = build_jobs(experiment, dataclasses.replace(options, only=(), seeds=seeds))
+            _summarise(experiment, known, failed, out, arguments.device, command)
     return 1 if failed else 0
+
+
+def _jobs(experiments: Sequence[Experiment], options: Options) -> dict[str, Job]:
+    """Return the jobs of all experiments, the first seed of every cell before the second of any."""
+    seeds = options.seeds
+    if seeds is None:
+        seeds = tuple(dict.fromkeys(seed for experiment in experiments for seed in experiment.settings.seeds))
+    names = {experiment.path: experiment.names() for experiment in experiments}
+    for name in options.only:
+        if not any(name in known for known in names.values()):
+            there = dict.fromkeys(itertools.chain.from_iterable(names.values()))
+            raise InputError(f"--only has {name!r}, expected one of {'; '.join(there)}")
+    found: dict[str, Job] = {}
+    for seed, experiment in itertools.product(seeds, experiments):
+        only = tuple(name for name in options.only if name in names[experiment.path])
+        if bool(only) == bool(options.only) and (options.seeds is not None or seed in experiment.settings.seeds):
+            mine = build_jobs(experiment, dataclasses.replace(options, seeds=(seed,), only=only))[0]
+            found |= {name: job for name, job in mine.items() if name not in found}
+    return found
 
 
 def _classes(data: Path) -> int:
@@ -153,14 +181,14 @@ def carry_out(todo: Sequence[Job], out: Path, slots: Sequence[str], threads: int
     """
     waiting, running, free = {job.name: job for job in todo}, dict[str, Running](), list(slots)
     failed: dict[str, str] = {}
-    total = len(todo)
+    total, titles = len(todo), {job.name: job.title for job in todo}
     try:
         while waiting or running:
             for name, job in list(waiting.items()):
                 lost = next((parent for parent in job.parents if parent in failed), None)
                 if lost is not None:
-                    failed[name] = f"needs {lost}, which failed"
-                    console.print(f"{name}: {failed[name]}", markup=False)
+                    failed[name] = f"needs {titles[lost]}, which failed"
+                    console.print(f"{job.title}: {failed[name]}", markup=False)
                     del waiting[name]
                 elif free and not any(parent in waiting or parent in running for parent in job.parents):
                     running[name] = _start(waiting.pop(name), out, free.pop(0), threads)
@@ -174,7 +202,7 @@ def carry_out(todo: Sequence[Job], out: Path, slots: Sequence[str], threads: int
                 said = f"finished in {time.monotonic() - job.started:.0f} s"
                 if code:
                     said = failed[name] = f"failed ({_last_line(out / name / 'log.txt') or f'exit code {code}'})"
-                console.print(f"{name}: {said}, {total - len(waiting) - len(running)} of {total}", markup=False)
+                console.print(f"{titles[name]}: {said}, {total - len(waiting) - len(running)} of {total}", markup=False)
             time.sleep(POLL_SECONDS if running else 0)
     finally:
         for job in running.values():  # only when something else went wrong, such as Ctrl-C
@@ -236,6 +264,9 @@ def _summarise(
 ) -> None:
     """Write all figures there are, also of cells that were not asked for now, the table and the pictures."""
     jobs, wanted = known
+    failed = {jobs[name].title: why for name, why in failed.items() if name in jobs}
+    folder = out / experiment.path.stem
+    folder.mkdir(parents=True, exist_ok=True)
     levels = {cell.name: cell.levels for cell in experiment.cells()}
     rows: list[report.Row] = []
     networks: set[str] = set()
@@ -247,23 +278,23 @@ def _summarise(
             result: dict[str, Any] = json.loads((out / name / "result.json").read_text())
             figures |= result["figures"]
             networks |= {result["network"]} - {None}
-        rows.append(report.Row(cell=cell, levels=levels[cell], seed=seed, figures=figures))
+        rows.append(report.Row(cell=cell, levels=levels[cell], seed=seed, figures=figures, jobs=names))
     network = ", ".join(sorted(networks)) or None
     machine = ", ".join(dict.fromkeys(machine_name(torch.device(device)) for device in devices))
     about = {"machine": machine, "softvq": softvq.__version__, "torch": torch.__version__, "command": command}
     asked = {name: getattr(experiment.settings, name) for name in ("title", "question", "expected")}
     plain = [dataclasses.asdict(row) for row in rows]
-    write_json(out / "results.json", {**asked, **about, "network": network, "rows": plain, "failed": dict(failed)})
+    write_json(folder / "results.json", {**asked, **about, "network": network, "rows": plain, "failed": dict(failed)})
     found = report.summaries(rows)
     facts = f"Machine: {machine}; softvq {softvq.__version__}, torch {torch.__version__}; sets seen through {network}."
     lost = [f"{name}: {why}" for name, why in failed.items()]
-    write_text(out / "table.md", report.markdown(experiment, found, f"{facts} `{command}`", lost))
-    written = report.draw_plots(experiment, found, out, network)
+    write_text(folder / "table.md", report.markdown(experiment, found, f"{facts} `{command}`", lost))
+    written = report.draw_plots(experiment, found, folder, network)
     console = Console(highlight=False, width=max(150, Console().width))  # narrower, it would cut figures off
     for table in report.rich_tables(experiment, found):
         console.print(table)
     console.print(facts)
-    console.print(f"{out}: results.json, table.md, {', '.join(path.name for path in written)}", soft_wrap=True)
+    console.print(f"{folder}: results.json, table.md, {', '.join(path.name for path in written)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

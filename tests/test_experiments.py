@@ -86,7 +86,7 @@ def recipe_of(job: Job) -> dict[str, Any]:
 def test_every_cell_of_every_experiment_is_a_valid_recipe(path: Path) -> None:
     experiment = read_experiment(path)
     jobs, wanted = plan(path)
-    assert len(wanted) == len(experiment.cells()) * len(experiment.settings.seeds)
+    assert len(wanted) == sum(len(experiment.seeds(cell, None)) for cell in experiment.cells())
     assert experiment.settings.plots
     assert len({job.sha256 for job in jobs.values()}) == len(jobs)
     order = list(jobs)
@@ -94,10 +94,10 @@ def test_every_cell_of_every_experiment_is_a_valid_recipe(path: Path) -> None:
         assert all(order.index(parent) < order.index(job.name) for parent in job.parents)
         recipe = recipe_of(job)
         assert recipe["data"]["path"] is None
-        assert f"seed-{recipe['seed']}" in job.name
-    of_one_seed = [job for name, job in jobs.items() if name.startswith("tokenizers") and name.endswith("seed-0")]
-    different = {job.recipe for job in of_one_seed}
-    assert len(different) == len(of_one_seed)  # no two cells train the same twice
+        assert job.title.endswith(f"seed {recipe['seed']}")
+        assert not any("{own}" in word for command in job.commands for word in command)
+    last = [names[-1] for names in wanted.values()]
+    assert len(set(last)) == len(last)  # no two cells are the same
 
 
 @pytest.mark.parametrize("path", PROXIES, ids=lambda path: path.stem)
@@ -106,7 +106,7 @@ def test_the_proxies_say_what_they_are(path: Path) -> None:
     for word in ("Hardware:", "Expectation:", "Source:"):
         assert word in head
     train = read_yaml(path)["train"]
-    assert (train["cuda_graph"], train["compile"], train["sample_every"]) == (True, False, 0)
+    assert (train["cuda_graph"], train["compile"], train["sample_every"]) == (True, True, 0)
 
 
 def test_every_experiment_is_in_the_readme() -> None:
@@ -120,15 +120,37 @@ def test_cells_are_the_product_without_what_is_skipped(tmp_path: Path) -> None:
     jobs, wanted = plan(tmp_path / "tiny.yaml")
     assert len(wanted) == 6
     # the axis of the generator's steps has one tokenizer
-    assert [name for name in jobs if name.endswith("seed-0")] == [
-        "tokenizers/plain/seed-0",
-        "generators/plain-1/seed-0",
-        "generators/plain-2/seed-0",
-        "tokenizers/broken/seed-0",
-        "generators/broken-1/seed-0",
+    assert [job.title for job in jobs.values() if job.title.endswith("seed 0")] == [
+        "tiny: tokenizer of plain, 1, seed 0",
+        "tiny: generator of plain, 1, seed 0",
+        "tiny: generator of plain, 2, seed 0",
+        "tiny: tokenizer of broken, 1, seed 0",
+        "tiny: generator of broken, 1, seed 0",
     ]
-    steps = [recipe_of(jobs[f"generators/plain-{n}/seed-1"])["train"]["steps"] for n in (1, 2)]
+    steps = [recipe_of(jobs[wanted[f"plain, {n}", 1][1]])["train"]["steps"] for n in (1, 2)]
     assert steps == [1, 2]
+    assert wanted["plain, 1", 1][0] == wanted["plain, 2", 1][0] != wanted["plain, 1", 0][0]
+
+
+def test_some_cells_have_the_first_seed_alone(tmp_path: Path) -> None:
+    path = write_experiment(tmp_path, once=[["broken"]])
+    cells = [("plain, 1", 0), ("plain, 1", 1), ("plain, 2", 0), ("plain, 2", 1), ("broken, 1", 0)]
+    assert list(plan(path)[1]) == cells
+    assert list(plan(path, seeds=(1,))[1]) == [cell for cell in cells if cell[1] == 1]
+
+
+def test_equal_jobs_of_two_experiments_are_one(tmp_path: Path) -> None:
+    first = write_experiment(tmp_path)
+    alike = {"axes": {"rate": {"same": {}, "other": {"optim.lr": 0.5}}}, "skip": [], "plots": []}
+    other = tmp_path / "other.yaml"
+    other.write_text(json.dumps({**TINY, **alike}))
+    names, more = plan(first)[1], plan(other)[1]
+    assert more["same", 1] == names["plain, 2", 1]  # the generator's own steps are 2
+    assert not set(more["other", 1]) & {name for each in names.values() for name in each}
+    both = runner._jobs([read_experiment(first), read_experiment(other)], Options(data=Path("photos"), classes=CLASSES))
+    assert len(both) == 10 + 4
+    seeds = [job.title[-1] for job in both.values()]
+    assert seeds == sorted(seeds)  # every cell once before any again
 
 
 def test_what_is_common_then_the_cell_then_the_command_line(tmp_path: Path) -> None:
@@ -151,13 +173,15 @@ def test_a_cell_starts_from_another_with_the_same_seed(tmp_path: Path) -> None:
     changes = {"generator": None, "measure": ["reconstruction"], "skip": None, "plots": None}
     path = write_experiment(tmp_path, axes={"training": {"further": further, "plain": {}}}, **changes)
     jobs, wanted = plan(path, seeds=(3,), only=("further",))
-    assert list(jobs) == ["tokenizers/plain/seed-3", "tokenizers/further/seed-3"]
+    assert [job.title for job in jobs.values()] == [
+        "tiny: tokenizer of plain, seed 3",
+        "tiny: tokenizer of further, seed 3",
+    ]
     assert list(wanted) == [("further", 3)]
-    job = jobs["tokenizers/further/seed-3"]
-    assert job.parents == ("tokenizers/plain/seed-3",)
-    assert recipe_of(job)["start_from"] == "tokenizers/plain/seed-3/run/tokenizer"
-    other = plan(path, seeds=(3,), overrides=("optim.lr=0.5",))[0]
-    assert job.sha256 != other["tokenizers/further/seed-3"].sha256
+    parent, job = jobs.values()
+    assert job.parents == (parent.name,)
+    assert recipe_of(job)["start_from"] == f"{parent.name}/run/tokenizer"
+    assert not set(jobs) & set(plan(path, seeds=(3,), overrides=("optim.lr=0.5",))[0])
     further["start_from"] = "cell:further"
     with pytest.raises(InputError, match="'further' starts from itself"):
         plan(write_experiment(tmp_path, axes={"training": {"further": further}}, **changes))
@@ -174,7 +198,8 @@ def test_a_cell_starts_from_another_with_the_same_seed(tmp_path: Path) -> None:
         ({"generator": None}, "generator and 'generation' in measure belong together"),
         ({"plots": [{"x": "steps", "y": "beauty"}]}, "y is 'beauty', expected one of reconstruction.psnr"),
         ({"plots": [{"x": "beauty", "y": "probe.linear"}]}, "x is 'beauty'"),
-        ({"axes": {"a": {"x y": {}, "x, y": {}}}, "skip": [], "plots": []}, "the same folder"),
+        ({"axes": {"a": {"x, y": {}, "x": {}}, "b": {"z": {}, "y, z": {}}}, "skip": [], "plots": []}, "the same name"),
+        ({"once": [["nothing"]]}, "once has .'nothing'."),
         ({"axes": {"a": {"x": {"train.stepz": 1}}}, "skip": [], "plots": []}, "unknown field 'train.stepz'"),
         ({"axes": {"a": {"x": {"start_from": "cell:y"}}}, "skip": [], "plots": []}, "start_from is 'cell:y'"),
     ],
@@ -183,11 +208,6 @@ def test_mistakes_are_told_in_a_sentence(changes: dict[str, Any], message: str, 
     path = write_experiment(tmp_path, **changes)
     with pytest.raises(InputError, match=message):
         plan(path)
-
-
-def test_only_names_what_there_is(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--only has 'nothing', expected one of plain, 1; plain, 2"):
-        plan(write_experiment(tmp_path), only=("nothing",))
 
 
 def test_means_have_student_intervals() -> None:
@@ -248,17 +268,22 @@ def test_a_failed_job_is_told_and_does_not_stop_the_others(
     assert experiment() == 1
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "Tiny: 10 jobs, 0 of them finished"
-    broken = [line for line in said if line.startswith("tokenizers/broken")]
-    assert [line.partition(": ")[2].partition(",")[0] for line in broken] == ["failed (softvq: it is broken)"] * 2
-    why = "needs tokenizers/broken/seed-1, which failed"
-    assert f"generators/broken-1/seed-1: {why}" in said
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    broken = [line for line in said if line.startswith("tiny: tokenizer of broken")]
+    assert ["failed (softvq: it is broken)" in line for line in broken] == [True] * 2
+    why = "needs tiny: tokenizer of broken, 1, seed 1, which failed"
+    assert f"tiny: generator of broken, 1, seed 1: {why}" in said
+    out = tmp_path / "out"
+    results = json.loads((out / "tiny" / "results.json").read_text())
     assert [(row["cell"], row["seed"]) for row in results["rows"]] == [
         ("plain, 1", 0), ("plain, 1", 1), ("plain, 2", 0), ("plain, 2", 1),
     ]  # fmt: skip
-    assert results["failed"]["generators/broken-1/seed-1"] == why
+    assert results["failed"]["tiny: generator of broken, 1, seed 1"] == why
     assert len(results["failed"]) == 4
-    assert "Failed: tokenizers/broken/seed-0: failed (softvq" in (tmp_path / "out" / "table.md").read_text()
+    assert "Failed: tiny: tokenizer of broken, 1, seed 0: failed (softvq" in (out / "tiny" / "table.md").read_text()
+    assert all((out / name / "result.json").exists() for row in results["rows"] for name in row["jobs"])
+    (out / "tiny" / "table.md").unlink()
+    assert experiment("--report") == 0  # what failed is not tried again
+    assert "| plain | 2 | 2 |" in (out / "tiny" / "table.md").read_text()
 
 
 @pytest.mark.usefixtures("stub")
@@ -269,14 +294,16 @@ def test_what_is_finished_is_not_done_again(
     assert experiment("--only", "plain") == 0
     dates = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
     assert len(dates) == 6
-    lost = out / "generators" / "plain-2" / "seed-1" / "result.json"
+    rows = json.loads((out / "tiny" / "results.json").read_text())["rows"]
+    lost = out / rows[-1]["jobs"][-1] / "result.json"
+    assert (rows[-1]["cell"], rows[-1]["seed"]) == ("plain, 2", 1)
     lost.unlink()
     capsys.readouterr()
     assert experiment("--only", "plain, 2") == 0
     assert "4 jobs, 3 of them finished" in capsys.readouterr().err
     assert {path for path in dates if path.stat().st_mtime_ns != dates[path]} == {lost}
     # cells that were not asked for now are in the table all the same
-    assert len(json.loads((out / "results.json").read_text())["rows"]) == 4
+    assert len(json.loads((out / "tiny" / "results.json").read_text())["rows"]) == 4
     assert experiment("optim.lr=0.5", "--only", "plain, 1", "--dry-run") == 0  # another recipe is another result
     said = capsys.readouterr().err
     assert "4 jobs, 0 of them finished" in said
@@ -288,19 +315,19 @@ def test_an_experiment_from_end_to_end(experiment: Callable[..., int], tmp_path:
     save_file(timm.create_model("test_vit", pretrained=False).state_dict(), tmp_path / "vit.safetensors")
     assert experiment("--only", "plain, 1") == 0  # the tests above have more cells
     out = tmp_path / "out"
-    results = json.loads((out / "results.json").read_text())
+    results = json.loads((out / "tiny" / "results.json").read_text())
     assert [(row["cell"], row["seed"]) for row in results["rows"]] == [("plain, 1", 0), ("plain, 1", 1)]
     assert results["command"].startswith("python experiments/run.py tiny.yaml --data data")
     assert {"machine", "torch", "softvq", "network", "question", "expected"} <= set(results)
     figures = results["rows"][0]["figures"]
     assert set(FIGURES) - set(figures) == {"reconstruction.st_lpips"}
-    judged = json.loads((out / "generators/plain-1/seed-0/generation/generation.json").read_text())
+    judged = json.loads((out / results["rows"][0]["jobs"][-1] / "generation" / "generation.json").read_text())
     assert figures["generation.frechet_distance"] == judged["rows"][0]["figures"]["frechet_distance"]
     assert judged["provenance"]["recipe"]["n"] == 6
-    table = (out / "table.md").read_text()
+    table = (out / "tiny" / "table.md").read_text()
     assert "| tokenizer | steps | seeds | PSNR in dB |" in table
     assert table.count(" ± ") > 10
-    pictures = sorted(out.glob("*.png"))
+    pictures = sorted((out / "tiny").glob("*.png"))
     assert [path.name for path in pictures] == [
         "1-generation-frechet-distance.png", "2-reconstruction-psnr.png", "3-probe-linear.png",
     ]  # fmt: skip
