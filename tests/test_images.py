@@ -3,6 +3,7 @@ import io
 import math
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from softvq.data.images import center_crop, find_images, halve, random_crop, read_image, to_image, to_tensor
+from softvq.data.images import (
+    center_crop,
+    find_images,
+    halve,
+    random_crop,
+    read_image,
+    to_image,
+    to_tensor,
+    upright_rgb,
+)
 from softvq.errors import InputError
 from softvq.randomness import generator
 from tests.image_zoo import BAD, ODD, encoded, grey16, photograph, png_header, turned
@@ -78,6 +88,38 @@ def test_exif_orientation_is_obeyed(orientation: int) -> None:
     data = turned(orientation)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert np.array_equal(np.asarray(read_image(data)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_picture_is_made_upright_once_and_stays_itself(name: str) -> None:
+    data = ODD[name][0]()
+    opened = Image.open(io.BytesIO(data))
+    before = (opened.mode, opened.size, dict(opened.info))
+    upright = upright_rgb(opened)
+    assert np.array_equal(np.asarray(upright), np.asarray(read_image(data)))
+    assert np.array_equal(np.asarray(upright_rgb(upright)), np.asarray(upright))
+    assert (opened.mode, opened.size) == before[:2]
+    assert opened.info.items() >= before[2].items()
+    again = Image.open(io.BytesIO(encoded(upright)))
+    assert np.array_equal(np.asarray(ImageOps.exif_transpose(again)), np.asarray(upright))
+
+
+def test_wide_numbers_are_clipped_to_16_bits() -> None:
+    wide = Image.fromarray(np.array([[-5, 257 * 40, 70_000]], dtype=np.int32))
+    assert np.asarray(upright_rgb(wide))[0, :, 0].tolist() == [0, 40, 255]
+
+
+@pytest.mark.parametrize(
+    ("picture", "said"),
+    [
+        (lambda: Image.new("F", (4, 4)), "photo: is of mode F"),
+        (lambda: Image.new("RGB", (0, 4)), "photo: is 0 x 4 pixels"),
+        (lambda: Image.open(io.BytesIO(encoded(photograph(), "JPEG")[:-200])), "photo: is damaged or cut short"),
+    ],
+)
+def test_a_picture_that_cannot_be_shown_is_one_sentence(picture: Callable[[], Image.Image], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        upright_rgb(picture(), "photo")
 
 
 def test_a_broken_note_about_orientation_is_ignored() -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "read_image",
     "to_image",
     "to_tensor",
+    "upright_rgb",
 ]
 
 MAX_PIXELS = 64_000_000
@@ -77,7 +78,7 @@ def read_image(source: Path | str | bytes, max_pixels: int = MAX_PIXELS, name: s
                 if opened.width * opened.height > max_pixels:
                     size = f"{opened.width} x {opened.height} pixels"
                     raise InputError(f"{name}: is {size}, the limit is {max_pixels:,}; shrink it or raise max_pixels")
-                return _upright(_to_rgb(opened), _orientation(opened))
+                return upright_rgb(opened, name)
         except (InputError, MemoryError):
             raise
         except Image.UnidentifiedImageError as error:
@@ -85,8 +86,37 @@ def read_image(source: Path | str | bytes, max_pixels: int = MAX_PIXELS, name: s
         except Image.DecompressionBombError as error:
             raise InputError(f"{name}: has more than {PILLOW_MAX_PIXELS:,} pixels; shrink it or remove it") from error
         except Exception as error:  # a decoder given hostile bytes fails in every way there is
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"{name}: is damaged or cut short ({reason}); fetch it again or remove it") from error
+            raise _damaged(name, error) from error
+
+
+def upright_rgb(image: Image.Image, name: str = "image") -> Image.Image:
+    """Return a picture of any colour mode as upright 8-bit RGB.
+
+    Grey of 16 bits, which is also what mode I is taken for, is scaled, and transparency is laid over white. The result
+    has no note how to hold it, so that nothing turns it again.
+
+    Args:
+        image: Open or in memory; it stays as it is.
+        name: What to call it in errors.
+
+    Returns:
+        An image of mode RGB without metadata.
+
+    Raises:
+        InputError: If it has no pixels or they cannot be decoded, or if their range is not known, as of mode F.
+    """
+    if image.mode == "F":
+        raise InputError(f"{name}: is of mode F, whose range is not known; scale it to 0 to 255 and convert it to L")
+    if 0 in image.size:
+        raise InputError(f"{name}: is {image.width} x {image.height} pixels; remove it")
+    try:
+        upright = _upright(_to_rgb(image), _orientation(image))
+    except MemoryError:
+        raise
+    except Exception as error:  # see `read_image`
+        raise _damaged(name, error) from error
+    upright.info = {}
+    return upright
 
 
 def to_tensor(image: Image.Image) -> Float[Tensor, "3 height width"]:
@@ -189,9 +219,15 @@ def _read_bytes(path: Path) -> bytes:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
 
 
+def _damaged(name: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return InputError(f"{name}: is damaged or cut short ({reason}); fetch it again or remove it")
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
-        return Image.fromarray((np.asarray(image, dtype=np.float64) / 257.0).round().astype(np.uint8)).convert("RGB")
+        scaled = (np.asarray(image, dtype=np.float64) / 257.0).round().clip(0, 255)
+        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     layer = image.convert("RGBA")

@@ -352,6 +352,8 @@ class ImageTokenizer(nn.Module):
             tokens = most if least is None else f"{least} to {most}"
             expected = f"[batch, {tokens}, {self.config.latent_dim}]"
             raise InputError(f"latents are {list(latents.shape)}, expected {expected}")
+        if not latents.is_floating_point():
+            raise InputError(f"latents are {latents.dtype}, expected floats; decode_indices takes whole numbers")
 
     def _check_images(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] == 0:
