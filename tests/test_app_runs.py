@@ -90,6 +90,9 @@ def test_nothing_outside_of_the_folder_is_read(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="leads out of"):
             read_picture(root, run, picture)
     assert "linked" not in {run["name"] for run in list_runs(root)}
+    make_run(root / "album")
+    (root / "album/samples").symlink_to(secret)
+    assert read_run(root, "album")["pictures"] == []
 
 
 @pytest.mark.parametrize("picture", ["none.png", "../log.jsonl", "sub", "notes.txt", ""])
@@ -101,7 +104,7 @@ def test_what_is_no_picture_of_the_run_is_refused(tmp_path: Path, picture: str) 
         read_picture(tmp_path, "run", picture)
 
 
-@pytest.mark.parametrize("name", ["none", "", "a\0b", "run/samples"])
+@pytest.mark.parametrize("name", ["none", "", "a\0b", "run/samples", "x" * 300])
 def test_what_is_no_run_is_refused(tmp_path: Path, name: str) -> None:
     make_run(tmp_path / "run")
     with pytest.raises(InputError):
@@ -114,3 +117,34 @@ def test_a_log_of_rubbish_is_an_empty_run(tmp_path: Path) -> None:
         b'\xff\xfe\n[1]\n{"step": "x"}\n{"step": 1, "samples": [3], "clock": [1], "loss": "x"}\n'
     )
     assert read_run(tmp_path, "run")["curves"] == {}
+
+
+def test_numbers_that_no_curve_can_show_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    lines = ['{"step": 1, "loss": 0.5}', '{"step": true, "loss": 1}', f'{{"step": 2, "loss": {10**400}}}']
+    lines += [f'{{"step": 3, "loss": {"[" * 100_000}']
+    (tmp_path / "run/log.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    (tmp_path / "run/status.json").write_text('{"step": true}')
+    found = read_run(tmp_path, "run")
+    assert (found["curves"], found["step"]) == ({"loss": [(1, 0.5)]}, None)
+
+
+def test_one_odd_folder_hides_no_other_run(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone/log.jsonl").symlink_to(tmp_path / "nowhere")
+    odd = os.fsencode(tmp_path / "run/samples") + b"/\xff.png"
+    (tmp_path / "run/samples").mkdir()
+    try:
+        Path(os.fsdecode(odd)).touch()
+        make_run(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff")))
+    except OSError:
+        pytest.skip("this file system has names of text alone")
+    assert [run["name"] for run in list_runs(tmp_path)] == ["run"]
+    assert read_run(tmp_path, "run")["pictures"] == []
+
+
+def test_a_picture_whose_name_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    with pytest.raises(InputError):
+        read_picture(tmp_path, "run", f"{'x' * 300}.png")

@@ -32,6 +32,7 @@ def port(studio: Studio, tmp_path_factory: pytest.TempPathFactory) -> Iterator[i
     (root / "one").mkdir()
     (root / "one/log.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
     (root / "one/samples").mkdir()
+    (root / "one/status.json").write_text('{"message": "half a \\ud83d"}')
     photograph().save(root / "one/samples/step-1.png")
     with served(studio, root) as port:
         yield port
@@ -94,6 +95,8 @@ def test_two_hosts_or_a_name_that_was_given() -> None:
         ("run?run=%00", "character"),
         ("picture?run=one&name=../log.jsonl", "is no picture of the run"),
         (f"run?run={'x' * 500}", "run is missing or too long"),
+        (f"run?run={'x' * 300}", "choose another"),
+        (f"picture?run=one&name={'x' * 300}.png", ""),
     ],
 )
 def test_what_cannot_be_is_refused_with_a_sentence(port: int, path: str, names: str) -> None:
@@ -111,6 +114,8 @@ def test_wrong_paths_methods_and_bodies_are_sentences_too(port: int) -> None:
         status, found, _ = asked(port, "/api/edit", "POST", body)
         assert status == 400
         assert "reload the page" in found["error"]
+    long = json.dumps({"photo": "bundled-0", "edits": [{"token": 0, "kind": "x" * 10_000}]}).encode()
+    assert len(asked(port, "/api/edit", "POST", long)[1]["error"]) == server.MAX_SENTENCE
     assert asked(port, "/api/edit", "POST", b" " * (asking.MAX_JSON_BYTES + 1))[0] == 400
 
 
@@ -209,7 +214,7 @@ def test_what_nobody_waits_for_any_more_is_not_computed(
 
 
 def test_runs_are_shown(port: int) -> None:
-    assert [run["name"] for run in asked(port, "/api/runs")[1]["runs"]] == ["one"]
+    assert [(run["name"], run["message"]) for run in asked(port, "/api/runs")[1]["runs"]] == [("one", "half a \ud83d")]
     assert asked(port, "/api/run?run=one")[1]["curves"] == {"loss": [[1, 0.5]]}
     status, data, headers = asked(port, "/api/picture?run=one&name=step-1.png")
     assert (status, headers["content-type"], data[:4]) == (200, "image/png", b"\x89PNG")

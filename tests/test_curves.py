@@ -54,6 +54,15 @@ def test_curves_are_averaged_over_what_came_before_and_thinned_out() -> None:
     assert (long[0], long[-1]) == ((0, 0), (5000, 5000))
 
 
+def test_rubbish_in_a_log_is_passed_over(program: Program, tmp_path: Path) -> None:
+    make_run(tmp_path / "one", [4.0, 2.0])
+    with (tmp_path / "one/log.jsonl").open("a") as log:
+        log.write(f'{{"step": 30, "clock": [1], "loss": {10**400}, "psnr": NaN}}\n{{"step": {10**400}, "loss": 1}}\n')
+    done = program("compare", tmp_path / "one")
+    assert done.code == 0, done.err
+    assert [line.split()[-2] for line in done.out.splitlines() if "loss" in line or "step" in line] == ["20", "2"]
+
+
 def test_what_cannot_be_compared_is_told(program: Program, tmp_path: Path) -> None:
     run = make_run(tmp_path / "one", [1.0])
     (tmp_path / "new").mkdir()

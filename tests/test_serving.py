@@ -185,6 +185,9 @@ REFUSED = {
     "no number": ("/v1/generate", b'{"labels": [0], "guidance": NaN}', 422, "guidance: input should be"),
     "a field nobody knows": ("/v1/generate", {"labels": [0], "stepz": 1}, 422, "stepz: extra inputs"),
     "too many previews": ("/v1/generate/stream", {"labels": [0], "previews": 17}, 422, "previews: "),
+    "a number in quotes": ("/v1/generate", {"labels": [0], "guidance": "2"}, 422, "guidance: input should be a valid"),
+    "true as a number": ("/v1/decode", {"latents": [[True] * DIM] * TOKENS}, 422, "latents.0.0: input should be a"),
+    "no text": ("/v1/generate", b"\xff", 400, "the body is no JSON in UTF-8"),
     "brackets": ("/v1/generate", b"[" * 99_000, 422, ""),
 }
 
@@ -198,12 +201,19 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(served: Served, name: str)
     assert words in answer.error
 
 
+@pytest.mark.parametrize("path", ["generate", "generate/stream", "decode"])
+@pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data", ""])
+def test_what_is_to_be_json_has_to_say_so(served: Served, path: str, kind: str) -> None:
+    answer = served("POST", f"/v1/{path}", {"labels": [0]}, content_type=kind)
+    assert answer.status == 415
+    assert "expected application/json" in answer.error
+
+
 def test_other_roads_are_closed(served: Served) -> None:
     assert (answer := served("GET", "/v2/encode")).status == 404
     assert "/openapi.json" in answer.error
     assert served("DELETE", "/v1/models").status == 405
     assert "content-type is 'text/plain'" in served("POST", "/v1/decode", b"{}", content_type="text/plain").error
-    assert served("POST", "/v1/generate", b'{"labels": [0]}', content_type="text/plain").status == 422
     assert served("GET", "/healthz", host="attacker.example").status == 421  # a page that calls us by its own name
     assert served("GET", "/healthz", host="localhost:1").status == 200
     assert served("GET", "/healthz", x_request_id="mine-1").headers["x-request-id"] == "mine-1"

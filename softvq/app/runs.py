@@ -1,6 +1,6 @@
 """Runs of training as the app shows them: which there are, their curves, their pictures. Nothing is ever written."""
 
-import math
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 from softvq.config import read_json
 from softvq.data.images import MAX_FILE_BYTES
 from softvq.errors import InputError
-from softvq.training.tracking import read_log
+from softvq.training.tracking import curve_value, read_log
 
 __all__ = ["list_runs", "read_picture", "read_run"]
 
@@ -22,6 +22,15 @@ MAX_CONFIG_BYTES = 1 << 20
 MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 
 
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Turn what the system refuses into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); choose another") from error
+
+
 def list_runs(root: Path) -> list[dict[str, Any]]:
     """Return the runs below a folder, or the folder itself if it is one, the newest first.
 
@@ -29,7 +38,8 @@ def list_runs(root: Path) -> list[dict[str, Any]]:
         root: The folder; it need not be there. Links to folders are not followed.
 
     Returns:
-        Name, relative to the folder, and state and step of each, at most 500.
+        Name, relative to the folder, and state and step of each, at most 500. Those with a name that is no text, which
+        no address can hold, are left out.
     """
     found = []
     for folder, folders, names in os.walk(root):
@@ -38,12 +48,14 @@ def list_runs(root: Path) -> list[dict[str, Any]]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if inside or len(path.relative_to(root).parts) >= MAX_DEPTH:
             folders.clear()
-        if inside and len(found) < MAX_RUNS:
-            found.append((path.joinpath("log.jsonl").stat().st_mtime, path))
+        if inside and len(found) < MAX_RUNS and _is_text(folder):
+            with contextlib.suppress(OSError):  # a link to nowhere, or gone by now
+                found.append((path.joinpath("log.jsonl").stat().st_mtime, path))
     found.sort(key=lambda pair: (-pair[0], str(pair[1])))
     return [{"name": path.relative_to(root).as_posix(), **_status(path)} for _, path in found]
 
 
+@_told()
 def read_run(root: Path, name: str) -> dict[str, Any]:
     """Return what a run logged.
 
@@ -56,7 +68,7 @@ def read_run(root: Path, name: str) -> dict[str, Any]:
         of its pictures, the newest first.
 
     Raises:
-        InputError: If there is no such run, or its log is too large to show.
+        InputError: If there is no such run, or it cannot be read, or its log is too large to show.
     """
     run = _inside(root, name)
     log = _inside(root, f"{name}/log.jsonl")
@@ -77,6 +89,7 @@ def read_run(root: Path, name: str) -> dict[str, Any]:
     }
 
 
+@_told()
 def read_picture(root: Path, name: str, picture: str) -> tuple[bytes, str]:
     """Return the bytes of a picture of a run, and their media type.
 
@@ -89,7 +102,7 @@ def read_picture(root: Path, name: str, picture: str) -> tuple[bytes, str]:
         What is in the file, whatever that is, and the type its name promises.
 
     Raises:
-        InputError: If there is no such picture there.
+        InputError: If there is no such picture there, or it cannot be read.
     """
     path = _inside(root, f"{name}/samples/{picture}")
     if path.suffix.lower() not in MEDIA or path.parent.name != "samples" or not path.is_file():
@@ -120,7 +133,7 @@ def _status(run: Path) -> dict[str, Any]:
     state, step = status.get("state"), status.get("step")
     return {
         "state": state if isinstance(state, str) else None,
-        "step": step if isinstance(step, int) else None,
+        "step": step if isinstance(step, int) and not isinstance(step, bool) else None,
         "message": str(status.get("message", "")),
     }
 
@@ -131,9 +144,9 @@ def _numbers(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     parts = [("", record), ("samples: ", samples), ("clock: ", clock)]
     for prefix, values in parts:
         for key, value in values.items() if isinstance(values, dict) else ():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if is_number and (prefix, key) not in {("", "step"), ("clock: ", "time")}:
-                yield f"{prefix}{key}", float(value)
+            found = curve_value(value)
+            if found is not None and (prefix, key) not in {("", "step"), ("clock: ", "time")}:
+                yield f"{prefix}{key}", found
 
 
 def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -153,5 +166,10 @@ def _config_text(root: Path, name: str) -> str:
 
 def _pictures(run: Path) -> list[str]:
     folder = run / "samples"
-    names = sorted(os.listdir(folder), reverse=True) if folder.is_dir() else []
-    return [name for name in names if Path(name).suffix.lower() in MEDIA][:MAX_PICTURES]
+    names = sorted(os.listdir(folder), reverse=True) if folder.is_dir() and not folder.is_symlink() else []
+    return [name for name in names if Path(name).suffix.lower() in MEDIA and _is_text(name)][:MAX_PICTURES]
+
+
+def _is_text(name: str) -> bool:
+    """Tell whether a name is UTF-8 on the disk; bytes that are not come as half surrogates."""
+    return name.encode(errors="ignore").decode() == name

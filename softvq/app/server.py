@@ -14,7 +14,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -30,6 +30,7 @@ __all__ = ["build", "server_of"]
 PAGE = Path(__file__).parent / "page"
 GONE = 499  # what is answered to nobody: the page has asked for something else since
 MAX_CONNECTIONS = 64
+MAX_SENTENCE = 500
 MAX_SEED = 2**53 - 1  # largest whole number that JavaScript tells from its neighbours
 POLL_SECONDS = 0.2
 
@@ -43,18 +44,18 @@ class _Desk:
 
     async def about(self, request: Request) -> Response:
         found = await self._compute(request, self.studio.about)
-        return JSONResponse({**found, "runs": str(self.runs)})
+        return _json({**found, "runs": str(self.runs)})
 
     async def add(self, request: Request) -> Response:
         name = text(request.query_params, "name")
         data = await body_of(request, MAX_UPLOAD_BYTES)
-        return JSONResponse(await self._compute(request, self.studio.add, data, name))
+        return _json(await self._compute(request, self.studio.add, data, name))
 
     async def reconstruct(self, request: Request) -> Response:
         given, config = request.query_params, self.studio.tokenizer.config
         fewest = config.min_latent_tokens or config.num_latent_tokens
         tokens = whole(given, "tokens", fewest, config.num_latent_tokens)
-        return JSONResponse(await self._compute(request, self.studio.reconstruct, text(given, "photo"), tokens))
+        return _json(await self._compute(request, self.studio.reconstruct, text(given, "photo"), tokens))
 
     async def maps(self, request: Request) -> Response:
         stop = threading.Event()
@@ -63,12 +64,12 @@ class _Desk:
             found = await self._compute(request, self.tokens.maps, text(request.query_params, "photo"), stop)
         finally:
             leaving.cancel()
-        return JSONResponse(found)
+        return _json(found)
 
     async def token(self, request: Request) -> Response:
         given = request.query_params
         place = whole(given, "token", 0, self.studio.tokenizer.config.num_latent_tokens - 1)
-        return JSONResponse(await self._compute(request, self.tokens.token, text(given, "photo"), place))
+        return _json(await self._compute(request, self.tokens.token, text(given, "photo"), place))
 
     async def edit(self, request: Request) -> Response:
         given = await json_of(request)
@@ -76,12 +77,12 @@ class _Desk:
         most = self.studio.tokenizer.config.num_latent_tokens
         if not isinstance(edits, list) or len(edits) > most or not all(isinstance(edit, dict) for edit in edits):
             raise InputError(f"edits is no list of at most {most} objects; reload the page")
-        return JSONResponse(await self._compute(request, self.tokens.edit, str(given.get("photo")), edits))
+        return _json(await self._compute(request, self.tokens.edit, str(given.get("photo")), edits))
 
     async def between(self, request: Request) -> Response:
         given = request.query_params
         ends, share = (text(given, "first"), text(given, "last")), number(given, "share", 0.0, 1.0)
-        return JSONResponse(await self._compute(request, self.studio.between, *ends, share))
+        return _json(await self._compute(request, self.studio.between, *ends, share))
 
     async def generate(self, request: Request) -> Response:
         given = request.query_params
@@ -94,11 +95,11 @@ class _Desk:
         return StreamingResponse(self._events(asked), media_type="text/event-stream")
 
     async def list_runs(self, request: Request) -> Response:
-        return JSONResponse({"runs": await anyio.to_thread.run_sync(runs.list_runs, self.runs)})
+        return _json({"runs": await anyio.to_thread.run_sync(runs.list_runs, self.runs)})
 
     async def run(self, request: Request) -> Response:
         name = text(request.query_params, "run")
-        return JSONResponse(await anyio.to_thread.run_sync(runs.read_run, self.runs, name))
+        return _json(await anyio.to_thread.run_sync(runs.read_run, self.runs, name))
 
     async def picture(self, request: Request) -> Response:
         names = text(request.query_params, "run"), text(request.query_params, "name")
@@ -199,13 +200,18 @@ async def _set_when_gone(request: Request, stop: threading.Event) -> None:
     stop.set()
 
 
+def _json(content: Any, status: int = 200) -> Response:
+    """Answer in ASCII: names and notes of runs may hold half surrogates, which UTF-8 cannot."""
+    return Response(json.dumps(content, allow_nan=False), status, media_type="application/json")
+
+
 async def _explain(request: Request, error: Exception) -> Response:
     if isinstance(error, Stopped):
         return Response(status_code=GONE)
     status = 400 if isinstance(error, InputError) else 500
     if isinstance(error, HTTPException):
         status = error.status_code
-    return JSONResponse({"error": _sentence(error)}, status_code=status)
+    return _json({"error": _sentence(error)[:MAX_SENTENCE]}, status)
 
 
 def _sentence(error: Exception) -> str:

@@ -11,7 +11,7 @@ from softvq.commands.common import check_output, results
 from softvq.errors import InputError
 from softvq.evaluation.charts import line_chart
 from softvq.files import replacing
-from softvq.training.tracking import read_log
+from softvq.training.tracking import curve_value, read_log
 
 __all__ = ["compare_runs"]
 
@@ -52,11 +52,14 @@ def _curves(run: Path) -> dict[str, Curve]:
         raise InputError(f"{path}: there is no such file; name folders of runs, as softvq train writes them")
     curves: dict[str, Curve] = {}
     for line in read_log(path):
-        samples = line.get("samples")
-        values = {**line, **(line.get("clock") or {}), **(samples if isinstance(samples, dict) else {})}
+        step = curve_value(line["step"])
+        values = dict(line)
+        for group in (line.get("clock"), line.get("samples")):
+            values |= group if isinstance(group, dict) else {}
         for key, value in values.items():
-            if key not in {"step", "time"} and isinstance(value, int | float) and not isinstance(value, bool):
-                curves.setdefault(key, []).append((float(line["step"]), float(value)))
+            shown = curve_value(value)
+            if key not in {"step", "time"} and shown is not None and step is not None:
+                curves.setdefault(key, []).append((step, shown))
     if not curves:
         raise InputError(f"{path}: has no figures yet; wait for the run's first line of the log")
     return curves

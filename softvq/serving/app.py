@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, FastAPI, Query, Request, Response, Security
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
@@ -173,16 +173,19 @@ def _generation_routes(router: APIRouter, service: Service) -> None:
         job, seeds = service.generate_job(asked)
         return StreamingResponse(await service.events(job, seeds), media_type="text/event-stream")
 
+    async def is_json(request: Request) -> None:
+        _expect(request, "application/json")
+
     # FastAPI reads bodies from annotations, and what may be asked for is known only now
     generate.__annotations__["asked"] = plain
     generate_stream.__annotations__["asked"] = stream
     router.add_api_route(
         "/generate", generate, methods=["POST"], summary="New images, one for each label and seed", responses=ERRORS,
-        response_model=Generated, tags=["generation"],
+        response_model=Generated, tags=["generation"], dependencies=[Depends(is_json)],
     )  # fmt: skip
     router.add_api_route(
         "/generate/stream", generate_stream, methods=["POST"], summary="New images, with previews on the way",
-        responses=EVENTS, response_class=StreamingResponse, tags=["generation"],
+        responses=EVENTS, response_class=StreamingResponse, tags=["generation"], dependencies=[Depends(is_json)],
     )  # fmt: skip
 
 
@@ -205,7 +208,11 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        said = {404: f"there is no {request.url.path}; /openapi.json tells what there is", 405: "use another method"}
+        said = {
+            400: "the body is no JSON in UTF-8; /openapi.json tells what is expected",
+            404: f"there is no {request.url.path}; /openapi.json tells what there is",
+            405: "use another method",
+        }
         answer = failure(request, error.status_code, said.get(error.status_code, str(error.detail)))
         answer.headers.update(error.headers or {})
         return answer

@@ -104,7 +104,7 @@ def latents_model(models: Models) -> type[BaseModel]:
     """Return the model of a request to decode."""
     least, most = models.tokens
     dim = models.tokenizer.config.latent_dim
-    number = Annotated[float, Field(ge=-LARGEST_LATENT, le=LARGEST_LATENT, allow_inf_nan=False)]
+    number = Annotated[float, Field(ge=-LARGEST_LATENT, le=LARGEST_LATENT, allow_inf_nan=False, strict=True)]
     row = Annotated[list[number], Field(min_length=dim, max_length=dim)]
     example: Any = {"latents": [[0.0] * dim] * least, "tokenizer": models.latent_fingerprint}
     return create_model(
@@ -140,7 +140,8 @@ def generate_model(models: Models, limits: Limits, *, stream: bool) -> type[Base
             None,
         ),
         "guidance": (
-            Annotated[float, Field(ge=0, le=limits.guidance, allow_inf_nan=False, description="1 is none")] | None,
+            Annotated[float, Field(ge=0, le=limits.guidance, allow_inf_nan=False, strict=True, description="1 is none")]
+            | None,
             None,
         ),
     }

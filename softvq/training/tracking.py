@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from softvq.errors import Interrupted, RunError
 from softvq.files import write_bytes, write_json
 
-__all__ = ["Display", "Pace", "RunLog", "TensorBoard", "read_log", "run_status"]
+__all__ = ["Display", "Pace", "RunLog", "TensorBoard", "curve_value", "read_log", "run_status"]
 
 Warn = Callable[[str], None]
 
@@ -33,6 +33,16 @@ def read_log(path: Path | str) -> list[dict[str, Any]]:
     path = Path(path)
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [record for line in lines if (record := _parse(line)) is not None]
+
+
+def curve_value(value: object) -> float | None:
+    """Return what a curve shows of a value in a log; nothing of texts, flags, and numbers that no float holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # of a whole number with hundreds of digits
+        return None
 
 
 class RunLog:
@@ -226,9 +236,9 @@ def run_status(run: Path, step: Callable[[], int], warn: Warn) -> Iterator[None]
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 def _finite(value: Any) -> Any:
