@@ -149,23 +149,12 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int, skip: Tensor | None = None) -> None:
         """Move the average towards the weights, after `step` finished updates; see `Averages.update`."""
-        averages, weights, share = [*self.averages.values()], [*self.parameters.values()], 1 - self.decay_at(step)
-        if not averages:
-            return
-        # a - share (a - w) as a step of SGD up the gradient w, decayed by 1: the only such kernel that can be told to skip
-        torch._fused_sgd_(
-            averages,
-            [weight.detach() for weight in weights],
-            [],
-            weight_decay=1.0,
-            momentum=0.0,
-            lr=share,
-            dampening=0.0,
-            nesterov=False,
-            maximize=True,
-            is_first_step=False,
-            found_inf=skip,
-        )
+        averages, share = [*self.averages.values()], 1 - self.decay_at(step)
+        if averages:
+            # a - share (a - w) as SGD up the gradient w, decayed by 1: the only such kernel that can be told to skip
+            weights = [weight.detach() for weight in self.parameters.values()]
+            how = {"weight_decay": 1.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": True}
+            torch._fused_sgd_(averages, weights, [], lr=share, is_first_step=False, found_inf=skip, **how)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
