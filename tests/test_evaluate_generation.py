@@ -193,7 +193,9 @@ def test_validation_photographs_are_the_one_of_the_scale(program: Program) -> No
 
 
 def test_what_must_be_known_stands_with_every_row(program: Program) -> None:
-    result = evaluate(program, "sit", "real", "--n", 9, "--guidance", 1, 2, "--steps", 2, "--validation", "fake")
+    result = evaluate(
+        program, "sit", "real", "--n", 9, "--sampler", "euler", "heun", "--steps", 2, "--validation", "fake"
+    )
     remarks = [warning for warning in result["rows"][0]["warnings"] if "evenly spread" in warning]
     assert len(remarks) == 1
     assert all(remarks[0] in row["warnings"] for row in result["rows"])
@@ -291,6 +293,7 @@ def test_what_is_there_is_left_as_it_is(program: Program) -> None:
         (("fake", "real", "--validation", "real"), ("real: to net every image is one of real",)),
         (("fake", "real", "--guidance", "2"), ("--guidance is for a generator", "fake")),
         (("fake", "real", "--steps", "2"), ("--steps is for a generator", "fake")),
+        (("fake", "real", "--sampler", "heun"), ("--sampler is for a generator", "fake")),
         (("fake", "real", "--compile"), ("--compile is for a generator",)),
         (("fake", "real", "--n", "9"), ("--n is for a generator",)),
         (("fake", "real", "--seed", "0"), ("--seed is for a generator",)),

@@ -145,6 +145,10 @@ def test_a_sweep_has_every_combination_once(pipeline: GenerationPipeline) -> Non
     recipes = sweep(pipeline.generator, [1.0, 3.0], [2, 5])
     assert [(recipe.steps, recipe.guidance.scale) for recipe in recipes] == [(2, 1), (2, 3), (5, 1), (5, 3)]
     assert sweep(pipeline.generator, None, None) == [pipeline.generator.checked()]
+    both = sweep(pipeline.generator, None, [2, 5], ["heun", "euler"])
+    assert [(recipe.sampler, recipe.steps) for recipe in both] == [
+        ("heun", 2), ("heun", 5), ("euler", 2), ("euler", 5),
+    ]  # fmt: skip
     with pytest.raises(InputError) as error:
         sweep(pipeline.generator, None, [3, 4, 3])
     one_sentence(error, "--steps has 3 twice")
@@ -165,6 +169,19 @@ def test_charts_have_a_line_for_each_number_of_steps() -> None:
                     for colour in ((0, 114, 178), (213, 94, 0))]  # fmt: skip
     assert blue == [True, True, True]
     assert orange == [False, True, False]  # the last is a line over the steps
+
+
+def test_samplers_are_drawn_against_evaluations_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[dict[str, list[tuple[float, float]]], str]] = []
+    monkeypatch.setattr(
+        "softvq.evaluation.generation.line_chart",
+        lambda lines, across, **_: drawn.append((lines, across)) or Image.new("RGB", (8, 8)),
+    )
+    rows = [row(2, steps, distance) for steps, distance in ((4, 5.0), (2, 9.0), (3, 6.0))]
+    for each, sampler in zip(rows, ("heun", "euler", "euler"), strict=True):
+        each["settings"]["sampler"] = sampler
+    assert sweep_charts(rows) is not None
+    assert drawn[0] == ({"heun": [(7.0, 5.0)], "euler": [(2.0, 9.0), (3.0, 6.0)]}, "evaluations of the network")
 
 
 def test_the_best_row_is_that_of_the_smallest_distance_of_the_first_network() -> None:

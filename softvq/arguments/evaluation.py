@@ -2,6 +2,7 @@
 
 import argparse
 
+from softvq.arguments.sampling import SAMPLERS
 from softvq.arguments.shared import Commands, add_command, add_machine, add_model, natural, positive
 
 __all__ = ["PROTOCOLS", "RECONSTRUCTION_PROTOCOLS", "add_evaluate"]
@@ -76,6 +77,9 @@ def _add_generation(kinds: Commands) -> None:
     )
     command.add_argument(
         "--steps", type=int, nargs="+", metavar="N", help="steps of a MODEL's sampler, each a row (default: its own)"
+    )
+    command.add_argument(
+        "--sampler", choices=SAMPLERS, nargs="+", help="samplers of a MODEL, each a row (default: its own)"
     )
     command.add_argument("--tokenizer", metavar="MODEL", help="of SAMPLES that are latents, or of a MODEL")
     command.add_argument("--compile", action="store_true", help="compile a MODEL's networks: a slow start, then faster")

@@ -39,6 +39,10 @@ STANDARD = {
         ),
         f"train-tokenizer configs/softvq-b-64.yaml train.batch_size=64 {FAST} {BOTH}",
         f"train-tokenizer configs/softvq-l-64.yaml train.batch_size=32 {FAST} {BOTH}",
+        *(
+            f"sample --generator sit-xl --tokens {tokens} --dim 16 --batch {batch} --latents-only --no-compile"
+            for tokens, batch in ((256, 64), (1024, 32))  # what the fast path brings, for benchmarks/end_to_end.py
+        ),
     ),
     "cpu": (
         "encode --preset softvq-s-64 --batch 4 --precision float32 --no-compile --baseline timm",

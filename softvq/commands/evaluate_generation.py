@@ -209,7 +209,7 @@ def _judged(
     arguments: argparse.Namespace,
     images: ImageSet,
     name: str,
-    settings: dict[str, float | int],
+    settings: dict[str, float | str],
     known: Sequence[SetFeatures],
     networks: Sequence[Extractor],
     even: int | None = None,

@@ -13,6 +13,7 @@ from softvq.data.images import SUFFIXES
 from softvq.errors import InputError
 from softvq.evaluation.generation import generated, recipe_beside, sweep
 from softvq.evaluation.image_sets import ImageSet, open_images
+from softvq.generators.recipe import SamplingRecipe
 from softvq.pipeline import GenerationPipeline
 
 __all__ = ["Samples", "open_samples"]
@@ -29,8 +30,8 @@ class Samples:
 
     sets: list[ImageSet]
     """One for each setting."""
-    settings: list[dict[str, float | int]]
-    """Guidance and steps of each; nothing of finished images."""
+    settings: list[dict[str, float | str]]
+    """Guidance and steps of each, and the sampler where samplers were given; nothing of finished images."""
     model: dict[str, Any] | None
     """Name and fingerprints of what made them, where known."""
     recipe: dict[str, Any] | None
@@ -62,6 +63,7 @@ def open_samples(arguments: argparse.Namespace, device: torch.device) -> Samples
         ("--seed", arguments.seed is not None),
         ("--guidance", arguments.guidance is not None),
         ("--steps", arguments.steps is not None),
+        ("--sampler", arguments.sampler is not None),
         ("--compile", arguments.compile),
     ):
         if is_given:
@@ -94,7 +96,7 @@ def _generated(arguments: argparse.Namespace) -> Samples:
     side = tokenizer.config.image_size
     if arguments.size not in (None, side):
         raise InputError(f"--size is {arguments.size}, but {arguments.samples} makes images of {side} px; leave it out")
-    recipes = sweep(generator, arguments.guidance, arguments.steps)
+    recipes = sweep(generator, arguments.guidance, arguments.steps, arguments.sampler)
     count = DEFAULT_COUNT if arguments.n is None else arguments.n
     seed = 0 if arguments.seed is None else arguments.seed
     sets = [
@@ -110,7 +112,7 @@ def _generated(arguments: argparse.Namespace) -> Samples:
     ]
     return Samples(
         sets=sets,
-        settings=[{"guidance": recipe.guidance.scale, "steps": recipe.steps} for recipe in recipes],
+        settings=[_setting(recipe, arguments.sampler is not None) for recipe in recipes],
         # of the weights as they are stored, whatever they are computed in
         model={
             "name": arguments.samples,
@@ -126,3 +128,8 @@ def _generated(arguments: argparse.Namespace) -> Samples:
         remarks=[],
         pipeline=pipeline,
     )
+
+
+def _setting(recipe: SamplingRecipe, with_sampler: bool) -> dict[str, float | str]:
+    found: dict[str, float | str] = {"guidance": recipe.guidance.scale, "steps": recipe.steps}
+    return found | ({"sampler": recipe.sampler} if with_sampler else {})

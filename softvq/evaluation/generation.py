@@ -25,7 +25,7 @@ from softvq.evaluation.neighbours import nearest
 from softvq.evaluation.pictures import grid
 from softvq.evaluation.set_features import SetFeatures
 from softvq.generators.generator import LatentGenerator
-from softvq.generators.recipe import SamplingRecipe
+from softvq.generators.recipe import SamplerName, SamplingRecipe
 from softvq.pipeline import GenerationPipeline, class_numbers, keys_of_images
 from softvq.ranks import world_size
 
@@ -60,31 +60,39 @@ CHARTED = ("frechet_distance", "precision", "recall")
 
 
 def sweep(
-    generator: LatentGenerator, guidance: Sequence[float] | None, steps: Sequence[int] | None
+    generator: LatentGenerator,
+    guidance: Sequence[float] | None,
+    steps: Sequence[int] | None,
+    samplers: Sequence[SamplerName] | None = None,
 ) -> list[SamplingRecipe]:
-    """Return a recipe for each combination of guidance scale and number of steps.
+    """Return a recipe for each combination of guidance scale, number of steps and sampler.
 
     Args:
         generator: Its own recipe decides everything else.
         guidance: Scales; None takes the generator's own.
         steps: Numbers of steps; None takes the generator's own.
+        samplers: Solvers; None takes the generator's own.
 
     Returns:
         Recipes that are checked against the generator, with nothing left to be chosen: all scales of the first number
-        of steps, then those of the next.
+        of steps, then those of the next, and all of these for each sampler.
 
     Raises:
         InputError: If a value is given twice or the generator cannot be sampled so.
     """
     stored = generator.sampling
-    for name, given in (("--guidance", guidance), ("--steps", steps)):
+    for name, given in (("--guidance", guidance), ("--steps", steps), ("--sampler", samplers)):
         twice = [value for place, value in enumerate(given or ()) if value in (given or ())[:place]]
         if twice:
-            raise InputError(f"{name} has {twice[0]:g} twice; give each value once")
+            said = twice[0] if isinstance(twice[0], str) else f"{twice[0]:g}"
+            raise InputError(f"{name} has {said} twice; give each value once")
     return [
         generator.checked(
-            dataclasses.replace(stored, steps=count, guidance=dataclasses.replace(stored.guidance, scale=scale))
+            dataclasses.replace(
+                stored, sampler=sampler, steps=count, guidance=dataclasses.replace(stored.guidance, scale=scale)
+            )
         )
+        for sampler in samplers or [stored.sampler]
         for count in steps or [stored.steps]
         for scale in guidance or [stored.guidance.scale]
     ]
@@ -241,7 +249,7 @@ def ratios(figures: Mapping[str, float], validation: Mapping[str, float]) -> dic
     return {key: figures[key] / validation[key] for key in DISTANCES if key in figures and validation.get(key, 0.0) > 0}
 
 
-def setting_name(settings: Mapping[str, float | int]) -> str:
+def setting_name(settings: Mapping[str, float | str]) -> str:
     """Return a setting of a generator in words, or `samples` where nothing could be set.
 
     >>> setting_name({"guidance": 2.0, "steps": 50})
@@ -253,7 +261,8 @@ def setting_name(settings: Mapping[str, float | int]) -> str:
     Returns:
         A few words.
     """
-    return ", ".join(f"{name} {value:g}" for name, value in settings.items()) or "samples"
+    said = (f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in settings.items())
+    return ", ".join(said) or "samples"
 
 
 def best_of(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -289,19 +298,22 @@ def picture_grid(
 def sweep_charts(rows: Sequence[Mapping[str, Any]]) -> Image.Image | None:
     """Draw distance, precision and recall against the guidance scale, with a line for each number of steps.
 
+    Where there is one scale, they are drawn against the steps; of several samplers against evaluations of the network,
+    with a line for each.
+
     Args:
         rows: Of the result file, with `network`, `settings`, `figures` and `labels`.
 
     Returns:
         The charts of all networks below one another; None where not more than one setting was tried.
     """
-    settings = {(row["settings"].get("guidance"), row["settings"].get("steps")) for row in rows}
+    settings = {tuple(row["settings"].get(name) for name in ("guidance", "steps", "sampler")) for row in rows}
     if len(settings) < 2:
         return None
     charts = []
     for network in dict.fromkeys(row["network"] for row in rows):
         own = [row for row in rows if row["network"] == network]
-        by_steps = len({scale for scale, _ in settings}) == 1  # then there is nothing to see against the guidance
+        by_steps = len({scale for scale, *_ in settings}) == 1  # then there is nothing to see against the guidance
         charts += [_chart(own, key, by_steps) for key in CHARTED if all(key in row["figures"] for row in own)]
     if not charts:
         return None
@@ -319,8 +331,13 @@ def _chart(rows: Sequence[Mapping[str, Any]], key: str, by_steps: bool) -> Image
     for row in rows:
         settings = row["settings"]
         name = f"guidance {settings[lines]:g}" if by_steps else f"{settings[lines]} steps"
-        series.setdefault(name, []).append((float(settings[across]), row["figures"][key]))
-    title = "number of steps" if by_steps else "guidance scale"
+        place, sampler = float(settings[across]), settings.get("sampler")
+        if sampler is not None:
+            name = sampler if by_steps else f"{sampler}, {name}"
+            place = place * 2 - 1 if by_steps and sampler == "heun" else place
+        series.setdefault(name, []).append((place, row["figures"][key]))
+    counted = "evaluations of the network" if "sampler" in rows[0]["settings"] else "number of steps"
+    title = counted if by_steps else "guidance scale"
     # the font of charts has no accents
     label = unicodedata.normalize("NFKD", rows[0]["labels"].get(key, key)).encode("ascii", "ignore").decode()
     lines = {name: sorted(line) for name, line in series.items()}
