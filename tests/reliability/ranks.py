@@ -1,5 +1,6 @@
 """Runs of several processes: one is killed, one is stuck, and any number of them learns what one alone does."""
 
+import dataclasses
 import datetime
 import functools
 import os
@@ -14,11 +15,13 @@ from softvq.training import distributed, generator_run, tokenizer_run
 from softvq.training.trainer import Trainer
 from tests import generators
 from tests.ranks import free_ports
-from tests.reliability import harness
+from tests.reliability import exact, harness
 from tests.reliability.harness import apart, code_of, fork, outcome
 
 Figures = dict[str, Any]
 KINDS = ("tokenizer", "sit", "dit", "mar")
+NUDGED = "nudged"
+"""A path of one process that begins with weights which rounding alone could have made."""
 
 
 def as_ranks(count: int, work: Callable[[], object], **more: str) -> list[int]:
@@ -107,14 +110,25 @@ def _held_up(folder: Path, name: str, held: int, patience: float) -> None:
         raise
 
 
-def independence(folder: Path, kind: str, steps: int, paths: dict[str, list[int]], **optim: Any) -> dict[str, float]:
+def independence(
+    folder: Path,
+    kind: str,
+    steps: int,
+    paths: dict[str, list[int]],
+    *,
+    double: bool = False,
+    start: int = 8,
+    **optim: Any,
+) -> dict[str, float]:
     """Train with one process and with others, also changing their number on the way.
 
     Args:
         folder: Where the runs go.
-        kind: `tokenizer`, with a discriminator from the 8th step on, or a kind of generator.
+        kind: `tokenizer`, with a discriminator, or a kind of generator.
         steps: Updates of each run.
-        paths: By a name each: how many processes do each equal part of the run.
+        paths: By a name each: how many processes do each equal part of the run; `NUDGED` is what it says.
+        double: Compute in float64 throughout.
+        start: Step from which the discriminator counts.
         optim: What the recipe's `optim` has otherwise.
 
     Returns:
@@ -125,20 +139,35 @@ def independence(folder: Path, kind: str, steps: int, paths: dict[str, list[int]
     if kind != "tokenizer" and not (folder / "cache").exists():
         generators.make_cache(folder)
     found = {}
+    setup = _Setup(folder=folder, kind=kind, steps=steps, double=double, start=start, optim=optim)
     for name, counts in {"1": [1], **paths}.items():
         run = folder / f"{kind}-{name}"
         ends = [steps * part // len(counts) for part in range(1, len(counts) + 1)]
         for count, end in zip(counts, ends, strict=True):
-            codes = as_ranks(count, lambda end=end, run=run: _train(folder, kind, run, steps, end, optim))
+            codes = as_ranks(count, lambda end=end, run=run: _train(setup, run, end))
             assert codes == [0 if end == steps else 75] * count, (name, codes)
         found[name] = apart(folder / f"{kind}-1", run)
-        if kind == "tokenizer":
+        if kind == "tokenizer" and start < steps:
             found[name] = max(found[name], apart(folder / f"{kind}-1", run, "critic_loss"))
     return found
 
 
-def _train(folder: Path, kind: str, run: Path, steps: int, end: int, optim: dict[str, Any]) -> None:
-    original = Trainer.update
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Setup:
+    folder: Path
+    kind: str
+    steps: int
+    double: bool
+    start: int
+    optim: dict[str, Any]
+
+
+def _train(setup: _Setup, run: Path, end: int) -> None:
+    if setup.double:
+        exact.compute_in_float64()
+    if run.name.endswith(NUDGED):
+        exact.nudge_weights()
+    original, steps, folder = Trainer.update, setup.steps, setup.folder
 
     def update(self: Trainer, batch: Any) -> Any:
         if self.step == end - 1 and end < steps and os.environ["RANK"] == "0":
@@ -147,11 +176,11 @@ def _train(folder: Path, kind: str, run: Path, steps: int, end: int, optim: dict
 
     Trainer.update = update
     often = {"save_every": steps, "sample_every": 0}
-    if kind == "tokenizer":
-        config = harness.run_config(folder, optim=optim, steps=steps, **often)
+    if setup.kind == "tokenizer":
+        config = harness.run_config(folder, optim=setup.optim, start=setup.start, steps=steps, **often)
         tokenizer_run.train_tokenizer(config, run, resume=run.exists())
     else:
-        options = {f"optim__{name}": value for name, value in optim.items()}
+        options = {f"optim__{name}": value for name, value in setup.optim.items()}
         options |= {f"train__{name}": value for name, value in {"steps": steps, **often}.items()}
-        config = generators.run_config(kind, latents=folder / "cache", **options)
+        config = generators.run_config(setup.kind, latents=folder / "cache", **options)
         generator_run.train_generator(config, run, resume=run.exists())
