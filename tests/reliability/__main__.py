@@ -18,7 +18,7 @@ if __name__ == "__main__":
         "signals": campaigns.signals(folder, whole),
         "elastic": ranks.elastic(folder),
         "memory": campaigns.memory(folder, 2),
-        "independence": ranks.independence(folder, "sit", 12, {"2>1": [2, 1]}, warmup_steps=3),
+        "independence": ranks.independence(folder, "sit", 40, {"2>1": [2, 1]}, warmup_steps=10),
         "stuck": ranks.stuck(folder, 4.0, 0),
     }
     print(json.dumps(found))
