@@ -1,6 +1,7 @@
 """softvq bench: figures that follow from what was timed, and one sentence for what cannot be."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from softvq.cli import main
 from softvq.commands import bench as command
 from softvq.commands import bench_jobs
 from softvq.commands.train import generator_recipe_of, read_recipe
+from softvq.evaluation.profiling import Share
 from softvq.evaluation.timing import Timing, count_flops
 from softvq.tokenizers.autoencoder import ImageTokenizer
 from softvq.tokenizers.presets import preset
@@ -125,6 +127,29 @@ def test_standard_jobs_are_commands(line: str, monkeypatch: pytest.MonkeyPatch) 
         generator_recipe_of(CONFIGS.parent / job.config, job.overrides, {}, shape)
     else:
         assert preset(job.preset)
+
+
+def test_where_the_time_goes_is_told_of_a_gpu_alone(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = (str(CONFIGS / "tiny.yaml"), "train.batch_size=2", "loss.perceptual_weight=0", "train.compile=false")
+    line = ("bench", "train-tokenizer", *tiny, "--device", "cpu", "--profile")
+    program.refuses(*line, names=("--profile is of a GPU's kernels", "cpu"))
+    updates: list[object] = []
+
+    def look(_: object, __: object, found: list[tuple[Share, ...]]) -> Callable[[Callable[[], object]], None]:
+        def taken(update: Callable[[], object]) -> None:
+            updates.append(update())
+            attention = Share(kind="attention", seconds=0.003, launches=8, longest="sdpa")
+            found.append((attention, Share(kind="other", seconds=0.001, launches=2, longest="x")))
+
+        return taken
+
+    monkeypatch.setattr(bench_jobs, "_look", look)
+    assert "where the time of one update" in program(*line, "--out", "t.json").out.replace("\n", " ")
+    assert len(updates) == 1
+    assert "loss" in updates[0]
+    table = program("bench", "table", "t.json").out
+    assert "tiny, pixels, batch 2: where the time of one update goes" in table
+    assert "| attention | 3 | 75% | 8 |\n| other | 1 | 25% | 2 |" in table
 
 
 def test_all_jobs_are_run_once(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,7 @@ def add_bench(commands: Commands) -> None:
         if kind == "generator":
             _add_shape(train)
             train.add_argument("--classes", type=positive, default=1000, metavar="N", help="(default: 1000)")
+        train.add_argument("--profile", action="store_true", help="tell which kernels of a GPU take the time")
         _add_common(train)
     every = add_command(jobs, "all", "bench:bench_all", "run a standard list of jobs, one file for each, and print all")
     every.add_argument("out", metavar="DIR", help="folder of the results; what is in it is not measured again")

@@ -32,6 +32,7 @@ JOBS = {
     "train-tokenizer": bench_tokenizer_training,
     "train-generator": bench_generator_training,
 }
+PROFILE_HEADINGS = ("kernels", "ms", "share", "launches")
 HEADINGS = ("job", "model", "batch", "ms", "images/s", "MFU", "GiB", "")
 
 
@@ -72,8 +73,26 @@ def bench(arguments: argparse.Namespace) -> None:
     for row in report.rows:
         table.add_row(*_cells(row, report))
     results().print(table)
+    for row in report.rows:
+        if row.profile:
+            results().print(_profile_table(row))
     if out is not None:
         write_json(out, dataclasses.asdict(report))
+
+
+def _profile_table(row: Row) -> Table:
+    table = Table(*PROFILE_HEADINGS, title=f"{row.model}, {row.note}: where the time of one {row.job} goes")
+    for cells in _profile_cells(row):
+        table.add_row(*cells)
+    return table
+
+
+def _profile_cells(row: Row) -> list[list[str]]:
+    busy = sum(share.seconds for share in row.profile)
+    return [
+        [share.kind, f"{1e3 * share.seconds:.3g}", f"{share.seconds / busy:.0%}", f"{share.launches:,.0f}"]
+        for share in row.profile
+    ]
 
 
 def bench_all(arguments: argparse.Namespace) -> None:
@@ -112,6 +131,10 @@ def _print_tables(files: Sequence[str]) -> None:
         least, most = min(here, key=lambda r: r.peak_flops), max(here, key=lambda r: r.peak_flops)
         between = _limits(most) if len(here) == 1 else f"{_limits(least)} to {_limits(most)}"
         lines += ["", f"Matrix products and copies reached {between}."]
+        for row in (row for report in here for row in report.rows if row.profile):
+            lines += ["", f"{row.model}, {row.note}, batch {row.batch}: where the time of one {row.job} goes", ""]
+            lines += [f"| {' | '.join(cells)} |" for cells in (PROFILE_HEADINGS, ("---", *["---:"] * 3))]
+            lines += [f"| {' | '.join(cells)} |" for cells in _profile_cells(row)]
     results().print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
 
 

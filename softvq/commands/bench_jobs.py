@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from softvq.backbones import compute_dtype
 from softvq.commands.common import messages, precision_of
 from softvq.commands.train import generator_recipe_of, read_recipe
+from softvq.errors import InputError
+from softvq.evaluation.profiling import Share, profiled
 from softvq.evaluation.timing import Timing, count_flops, time_in_turns
 from softvq.generators.config import GeneratorConfig
 from softvq.generators.generator import LatentGenerator
@@ -68,6 +70,8 @@ class Row:
     """Whether they were."""
     note: str = ""
     """What else is to be known of it."""
+    profile: tuple[Share, ...] = ()
+    """Where the time goes, if it was asked for."""
 
 
 def bench_tokenizer(arguments: argparse.Namespace, device: torch.device) -> Iterator[Row]:
@@ -143,8 +147,10 @@ def bench_tokenizer_training(arguments: argparse.Namespace, device: torch.device
     """Time an update of each phase of a recipe; frozen networks whose weights are not there may be random ones."""
     changes: dict[str, Any] = {"train.device": str(device)}
     config = read_recipe(Path(arguments.config), arguments.overrides, changes)
-    for phase in rehearse(config, Console(quiet=True), messages().print):
-        yield _phase_row(phase, Path(arguments.config).stem, config.train, device)
+    found: list[tuple[Share, ...]] = []
+    for phase in rehearse(config, Console(quiet=True), messages().print, _look(arguments, device, found)):
+        row = _phase_row(phase, Path(arguments.config).stem, config.train, device)
+        yield dataclasses.replace(row, profile=found[-1] if found else ())
 
 
 def bench_generator_training(arguments: argparse.Namespace, device: torch.device) -> Iterator[Row]:
@@ -152,9 +158,22 @@ def bench_generator_training(arguments: argparse.Namespace, device: torch.device
     shape = {"num_tokens": arguments.tokens, "latent_dim": arguments.dim, "num_classes": arguments.classes}
     changes = {"train.device": str(device)}
     config = generator_recipe_of(Path(arguments.config), arguments.overrides, changes, shape)
-    phase = rehearse_generator(config, Console(quiet=True))
+    found: list[tuple[Share, ...]] = []
+    phase = rehearse_generator(config, Console(quiet=True), _look(arguments, device, found))
     name = f"{Path(arguments.config).stem}, {arguments.tokens} tokens"
-    yield _phase_row(phase, name, config.train, device)
+    row = _phase_row(phase, name, config.train, device)
+    yield dataclasses.replace(row, profile=found[-1] if found else ())
+
+
+def _look(
+    arguments: argparse.Namespace, device: torch.device, found: list[tuple[Share, ...]]
+) -> Callable[[Callable[[], object]], object] | None:
+    """Return what takes the profile of an update, if that is asked for."""
+    if not arguments.profile:
+        return None
+    if device.type != "cuda":
+        raise InputError(f"--profile is of a GPU's kernels, but the device is {device}; leave it out")
+    return lambda update: found.append(tuple(profiled(update)))
 
 
 def _row(

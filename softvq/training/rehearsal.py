@@ -6,11 +6,13 @@ here, not a day later.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from rich.console import Console
@@ -30,6 +32,7 @@ from softvq.training.trainer import Trainer
 
 __all__ = ["Phase", "heaviest_step", "phases", "rehearse", "rehearse_generator"]
 
+Look: TypeAlias = Callable[[Callable[[], object]], object]
 UNTIMED_UPDATES, TIMED_UPDATES = 4, 4
 STEPS_LOOKED_AT = 64
 BYTES_PER_WEIGHT = 20  # weight, gradient, two running means of AdamW, average, in float32
@@ -68,7 +71,9 @@ def phases(config: TokenizerRunConfig) -> list[Phase]:
     return list(found.values())
 
 
-def rehearse(config: TokenizerRunConfig, console: Console, warn: Callable[[str], None]) -> Iterator[Phase]:
+def rehearse(
+    config: TokenizerRunConfig, console: Console, warn: Callable[[str], None], look: Look | None = None
+) -> Iterator[Phase]:
     """Go through the phases of a run and yield each with its time and memory.
 
     Nothing is written, and no photograph is read. The networks are built and, where the recipe says so, compiled as in
@@ -78,6 +83,7 @@ def rehearse(config: TokenizerRunConfig, console: Console, warn: Callable[[str],
         config: The recipe.
         console: For what training would say.
         warn: Takes a sentence about what will not happen.
+        look: Is given what makes an update of each phase, once it is measured.
 
     Yields:
         The phases in order, measured.
@@ -108,6 +114,8 @@ def rehearse(config: TokenizerRunConfig, console: Console, warn: Callable[[str],
         trainer.step = heaviest_step(task, phase.first_step)
         try:
             seconds, memory = _measure(trainer, batch)
+            if look is not None:
+                look(functools.partial(trainer.update, batch))
         except RunError as error:
             raise RunError(f"phase {phase.name!r}, from step {phase.first_step}: {error}") from error
         judged = task.critic is not None and task.critic_counts(phase.first_step)
@@ -116,12 +124,13 @@ def rehearse(config: TokenizerRunConfig, console: Console, warn: Callable[[str],
         yield dataclasses.replace(phase, parameters=parameters, seconds=seconds, memory=memory)
 
 
-def rehearse_generator(config: GeneratorRunConfig, console: Console) -> Phase:
+def rehearse_generator(config: GeneratorRunConfig, console: Console, look: Look | None = None) -> Phase:
     """Train a generator for a few updates on latents of noise, and measure one.
 
     Args:
         config: The recipe, with a cache or without: encoding photographs on the fly is not measured.
         console: For what training would say.
+        look: Is given what makes an update, once it is measured.
 
     Returns:
         Its only phase.
@@ -142,6 +151,8 @@ def rehearse_generator(config: GeneratorRunConfig, console: Console) -> Phase:
     latents = normal(positions, model.num_tokens, model.latent_dim)
     batch = LatentBatch(latents=latents, labels=positions % model.num_classes, positions=positions)
     seconds, memory = _measure(trainer, batch)
+    if look is not None:
+        look(functools.partial(trainer.update, batch))
     return Phase(name=model.process.kind, first_step=0, parameters=parameters, seconds=seconds, memory=memory)
 
 
