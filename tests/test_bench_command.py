@@ -138,13 +138,13 @@ def test_where_the_time_goes_is_told_of_a_gpu_alone(program: Program, monkeypatc
     def look(_: object, __: object, found: list[tuple[Share, ...]]) -> Callable[[Callable[[], object]], None]:
         def taken(update: Callable[[], object]) -> None:
             updates.append(update())
-            attention = Share(kind="attention", seconds=0.003, launches=8, longest="sdpa")
-            found.append((attention, Share(kind="other", seconds=0.001, launches=2, longest="x")))
+            attention = Share(kind="attention", seconds=0.003, launches=8.0, longest="sdpa")
+            found.append((attention, Share(kind="other", seconds=0.001, launches=2.0, longest="x")))
 
         return taken
 
     monkeypatch.setattr(bench_jobs, "_look", look)
-    assert "where the time of one update" in program(*line, "--out", "t.json").out.replace("\n", " ")
+    assert "where the time of one update goes" in " ".join(program(*line, "--out", "t.json").out.split())
     assert len(updates) == 1
     assert "loss" in updates[0]
     table = program("bench", "table", "t.json").out
