@@ -187,6 +187,10 @@ class Job:
     """Its folder, relative to OUT, where its commands are carried out: the same for the same work."""
     title: str
     """What it is, for people."""
+    seed: int
+    """Of its training."""
+    shape: str
+    """Jobs of the same compute alike, so that compiled code of one serves the other."""
     recipe: str
     """The resolved recipe, as YAML."""
     commands: tuple[tuple[str, ...], ...]
@@ -311,7 +315,9 @@ class _Builder:
         if "probe" in self.experiment.settings.measure:
             looked = ["--on", "latents-pooled", "--out", f"{OWN}/probe"]
             commands.append(["evaluate", "probe", model, str(data), *looked, *measured])
-        name = self.add(("tokenizer", cell, seed), to_yaml(recipe), commands, parents)
+        model = recipe.model
+        shape = f"{model.image_size} px, {model.patch_size} px a patch, {model.num_latent_tokens} tokens of a tokenizer"
+        name = self.add(("tokenizer", cell, seed), shape, to_yaml(recipe), commands, parents)
         self.shapes[name] = {"num_tokens": recipe.model.num_latent_tokens, "latent_dim": recipe.model.latent_dim}
         return name
 
@@ -332,9 +338,12 @@ class _Builder:
             [*train, "--run", f"{OWN}/run", *device],
             [*made, "--out", f"{OWN}/generation", *device],
         ]
-        return self.add(("generator", cell, seed), to_yaml(recipe), commands, [tokenizer])
+        shape = f"{recipe.model.num_tokens} tokens of {recipe.model.latent_dim} numbers of a generator"
+        return self.add(("generator", cell, seed), shape, to_yaml(recipe), commands, [tokenizer])
 
-    def add(self, what: tuple[str, Cell, int], recipe: str, commands: list[list[str]], parents: Sequence[str]) -> str:
+    def add(
+        self, what: tuple[str, Cell, int], shape: str, recipe: str, commands: list[list[str]], parents: Sequence[str]
+    ) -> str:
         facts = [recipe, commands, [self.jobs[parent].sha256 for parent in parents]]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         kind, cell, seed = what
@@ -344,6 +353,8 @@ class _Builder:
             Job(
                 name=name,
                 title=f"{self.experiment.path.stem}: {kind} of {cell.name}, seed {seed}",
+                seed=seed,
+                shape=shape,
                 recipe=recipe,
                 commands=tuple(tuple(word.replace(OWN, name) for word in command) for command in commands),
                 parents=tuple(parents),

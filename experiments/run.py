@@ -11,17 +11,13 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import re
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,29 +27,14 @@ from rich.console import Console
 import softvq
 from experiments import report
 from experiments.plan import Experiment, Job, Options, build_jobs, read_experiment
+from experiments.workers import carry_out
 from softvq.commands.common import machine_name
 from softvq.data.folder import DataConfig, PhotoFolder
 from softvq.errors import InputError
 from softvq.files import write_json, write_text
 from softvq.locks import folder_lock
 
-WORK = Path(__file__).with_name("work.py")
 OVERRIDE = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z0-9_]+)*=")
-POLL_SECONDS = 0.1
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class Running:
-    """A job under way."""
-
-    process: subprocess.Popen[bytes]
-    """Its process."""
-    log: IO[bytes]
-    """What it prints goes here."""
-    slot: str
-    """The device it has."""
-    started: float
-    """When, in seconds."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -164,94 +145,6 @@ def _finished(out: Path, job: Job) -> bool:
         return json.loads((out / job.name / "result.json").read_text())["sha256"] == job.sha256
     except (OSError, ValueError, KeyError):
         return False
-
-
-def carry_out(todo: Sequence[Job], out: Path, slots: Sequence[str], threads: int, console: Console) -> dict[str, str]:
-    """Run jobs, as many at a time as there are slots, each when what it needs is finished.
-
-    Args:
-        todo: In an order in which those that others need come first.
-        out: Their folder.
-        slots: A device for each.
-        threads: Of the processor for each.
-        console: Says how each ended.
-
-    Returns:
-        Why jobs failed, in a line, by name.
-    """
-    waiting, running, free = {job.name: job for job in todo}, dict[str, Running](), list(slots)
-    failed: dict[str, str] = {}
-    total, titles = len(todo), {job.name: job.title for job in todo}
-    try:
-        while waiting or running:
-            for name, job in list(waiting.items()):
-                lost = next((parent for parent in job.parents if parent in failed), None)
-                if lost is not None:
-                    failed[name] = f"needs {titles[lost]}, which failed"
-                    console.print(f"{job.title}: {failed[name]}", markup=False)
-                    del waiting[name]
-                elif free and not any(parent in waiting or parent in running for parent in job.parents):
-                    running[name] = _start(waiting.pop(name), out, free.pop(0), threads)
-            for name, job in list(running.items()):
-                code = job.process.poll()
-                if code is None:
-                    continue
-                del running[name]
-                job.log.close()
-                free.append(job.slot)
-                said = f"finished in {time.monotonic() - job.started:.0f} s"
-                if code:
-                    said = failed[name] = f"failed ({_last_line(out / name / 'log.txt') or f'exit code {code}'})"
-                console.print(f"{titles[name]}: {said}, {total - len(waiting) - len(running)} of {total}", markup=False)
-            time.sleep(POLL_SECONDS if running else 0)
-    finally:
-        for job in running.values():  # only when something else went wrong, such as Ctrl-C
-            job.process.terminate()
-        for job in running.values():
-            job.process.wait()
-            job.log.close()
-    return failed
-
-
-def _start(job: Job, out: Path, device: str, threads: int) -> Running:
-    folder = out / job.name
-    if folder.exists():  # of a job that was cut off, or of another recipe
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    write_text(folder / "recipe.yaml", job.recipe)
-    write_json(folder / "job.json", {"commands": [list(command) for command in job.commands], "sha256": job.sha256})
-    name, environment = _placed(device)
-    environment |= {"OMP_NUM_THREADS": str(threads), "COLUMNS": "160"}
-    log = (folder / "log.txt").open("wb")
-    process = subprocess.Popen(
-        [sys.executable, str(WORK), job.name, name],
-        cwd=out,
-        env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
-    return Running(process=process, log=log, slot=device, started=time.monotonic())
-
-
-def _placed(device: str) -> tuple[str, dict[str, str]]:
-    """Return what a job calls its device, and the environment in which it sees no other.
-
-    Without it each job would also hold memory on the first GPU.
-    """
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or not index:
-        return device, {}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else None
-    if not index.isdigit() or (names is not None and int(index) >= len(names)):
-        raise InputError(f"--device has {device!r}, expected cpu or a GPU there is, such as cuda:0")
-    return "cuda", {"CUDA_VISIBLE_DEVICES": names[int(index)] if names else index}
-
-
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else ""
 
 
 def _summarise(

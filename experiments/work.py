@@ -1,15 +1,21 @@
-"""Carry out one job of an experiment, in a process of its own: `python experiments/work.py FOLDER DEVICE`.
+"""Carry out jobs of experiments, one after another: `python experiments/work.py DEVICE`.
 
-`experiments/run.py` starts it in OUT. FOLDER holds `job.json`, which says what to do; `result.json` comes last, so that
-where it is, the job is finished.
+`experiments/run.py` starts it in OUT and writes a folder of a job in each line. The folder holds `job.json`, which says
+what to do; `result.json` comes last, so that where it is, the job is finished. The exit code of each is answered in a
+line of JSON. What jobs print goes into their `log.txt`.
 """
 
+import contextlib
+import gc
 import importlib
 import json
+import os
 import shutil
 import statistics
 import sys
 import time
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +23,10 @@ from softvq.cli import main as softvq
 from softvq.files import write_json
 
 DEVICE = "{device}"
+STOPPED = 75
+"""Exit code of a command that a signal ended and that has saved."""
+VARIANTS = 1 << 16
+"""Ways in which a function may be compiled: jobs have many shapes, and one too many would run it as it is."""
 LOGGED = ("perplexity", "posterior_entropy")
 
 
@@ -72,5 +82,49 @@ def work(folder: Path, device: str) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def printing_to(path: Path) -> Iterator[None]:
+    """Let this process and those it starts print to a file."""
+    kept = [os.dup(number) for number in (1, 2)]
+    with path.open("ab") as log:
+        for number in (1, 2):
+            os.dup2(log.fileno(), number)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number, old in zip((1, 2), kept, strict=True):
+            os.dup2(old, number)
+            os.close(old)
+
+
+def carried_out(folder: Path, device: str) -> int:
+    """Carry out a job whatever happens in it, and leave nothing of it on the device; return its exit code."""
+    with printing_to(folder / "log.txt"):
+        try:
+            code = work(folder, device)
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    gc.collect()  # models lie in circles, and hold the device's memory
+    if device.startswith("cuda"):
+        importlib.import_module("torch").cuda.empty_cache()
+    return code
+
+
+def main(device: str) -> int:
+    """Carry out the jobs that standard input names; return the exit code of one that a signal ended, else 0."""
+    if device.startswith("cuda"):
+        config = importlib.import_module("torch._dynamo").config
+        config.recompile_limit = config.accumulated_recompile_limit = VARIANTS
+    for line in sys.stdin:
+        code = carried_out(Path(line.strip()), device)
+        print(json.dumps({"code": code}), flush=True)
+        if code == STOPPED:
+            return code
+    return 0
+
+
 if __name__ == "__main__":
-    raise SystemExit(work(Path(sys.argv[1]), sys.argv[2]))
+    raise SystemExit(main(sys.argv[1]))

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from experiments import report
+from experiments import report, workers
 from experiments import run as runner
 from experiments.plan import FIGURES, Job, Options, build_jobs, read_experiment
 from experiments.plots import Point, plot
@@ -29,14 +29,23 @@ EXPERIMENTS = sorted(set(FOLDER.glob("*.yaml")) - set(PROXIES))
 CLASSES = 2
 BROKEN = 0.125
 STUB = f"""
-import json, pathlib, sys
-folder = pathlib.Path(sys.argv[1])
-print("it began")
-if "lr: {BROKEN}" in (folder / "recipe.yaml").read_text():
-    sys.exit("softvq: it is broken")
-job = json.loads((folder / "job.json").read_text())
-figures = {{"reconstruction.psnr": 20.0, "generation.frechet_distance": 3.0}}
-(folder / "result.json").write_text(json.dumps({{"sha256": job["sha256"], "figures": figures, "network": None}}))
+import json, os, pathlib, sys
+for line in sys.stdin:
+    folder, code = pathlib.Path(line.strip()), 0
+    log = (folder / "log.txt").open("w")
+    print("it began", os.getpid(), file=log)
+    if "lr: {BROKEN}" in (folder / "recipe.yaml").read_text():
+        code = 2
+        print("softvq: it is broken", file=log, flush=True)
+        if "seed: 0" in (folder / "recipe.yaml").read_text():
+            os._exit(9)
+    else:
+        job = json.loads((folder / "job.json").read_text())
+        figures = {{"reconstruction.psnr": 20.0, "generation.frechet_distance": 3.0}}
+        result = {{"sha256": job["sha256"], "figures": figures, "network": None}}
+        (folder / "result.json").write_text(json.dumps(result))
+    log.close()
+    print(json.dumps({{"code": code}}), flush=True)
 """
 TINY = {
     "title": "Tiny",
@@ -257,8 +266,8 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let jobs pretend, so that their order and their failures are seen at once."""
     path = tmp_path / "stub.py"
     path.write_text(STUB)
-    monkeypatch.setattr(runner, "WORK", path)
-    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(workers, "WORK", path)
+    monkeypatch.setattr(workers, "POLL_SECONDS", 0.01)
 
 
 @pytest.mark.usefixtures("stub")
@@ -284,6 +293,33 @@ def test_a_failed_job_is_told_and_does_not_stop_the_others(
     (out / "tiny" / "table.md").unlink()
     assert experiment("--report") == 0  # what failed is not tried again
     assert "| plain | 2 | 2 |" in (out / "tiny" / "table.md").read_text()
+
+
+@pytest.mark.usefixtures("stub")
+def test_a_worker_goes_on_with_other_jobs_until_one_ends_it(experiment: Callable[..., int], tmp_path: Path) -> None:
+    assert experiment("--jobs", "1") == 1
+    out = tmp_path / "out"
+    logs = sorted(out.rglob("log.txt"), key=lambda path: path.stat().st_mtime_ns)
+    numbers = [int(log.read_text().split()[2]) for log in logs]
+    assert len(numbers) == 8  # two more need the broken ones
+    assert len(set(numbers)) == 2
+    changes = [place for place in range(1, 8) if numbers[place] != numbers[place - 1]]
+    assert len(changes) == 1
+    ended = logs[changes[0] - 1].read_text()
+    assert "it is broken" in ended
+    assert "seed: 0" in (logs[changes[0] - 1].parent / "recipe.yaml").read_text()
+
+
+def test_a_worker_takes_what_it_has_compiled_among_jobs_of_one_seed(tmp_path: Path) -> None:
+    jobs = list(
+        plan(write_experiment(tmp_path, axes={"tokens": {"4": {}, "2": {"model.num_latent_tokens": 2}}}))[0].values()
+    )
+    first, second = (next(job for job in jobs if job.title == f"tiny: tokenizer of {n}, seed 0") for n in (4, 2))
+    later = next(job for job in jobs if job.title == "tiny: tokenizer of 2, seed 1")
+    assert first.shape != second.shape == later.shape
+    assert workers._chosen([first, second], set()) is first
+    assert workers._chosen([first, second], {second.shape}) is second
+    assert workers._chosen([first, later], {later.shape}) is first
 
 
 @pytest.mark.usefixtures("stub")
@@ -313,7 +349,7 @@ def test_what_is_finished_is_not_done_again(
 @pytest.mark.slow
 def test_an_experiment_from_end_to_end(experiment: Callable[..., int], tmp_path: Path) -> None:
     save_file(timm.create_model("test_vit", pretrained=False).state_dict(), tmp_path / "vit.safetensors")
-    assert experiment("--only", "plain, 1") == 0  # the tests above have more cells
+    assert experiment("--jobs", "1", "--only", "plain, 1") == 0  # the tests above have more cells
     out = tmp_path / "out"
     results = json.loads((out / "tiny" / "results.json").read_text())
     assert [(row["cell"], row["seed"]) for row in results["rows"]] == [("plain, 1", 0), ("plain, 1", 1)]
@@ -335,6 +371,15 @@ def test_an_experiment_from_end_to_end(experiment: Callable[..., int], tmp_path:
         with Image.open(path) as picture:
             assert picture.size == (960, 480)
     assert not list(out.rglob("checkpoints"))
+    again = out / results["rows"][1]["jobs"][-1] / "result.json"
+    before = json.loads(again.read_text())["figures"]
+    again.unlink()
+    assert experiment("--only", "plain, 1") == 0  # in a worker that has done nothing before
+    after = json.loads(again.read_text())["figures"]
+    clocks = {"generator.seconds", "generator.images_per_sec"}
+    assert {key: value for key, value in after.items() if key not in clocks} == {
+        key: value for key, value in before.items() if key not in clocks
+    }
 
 
 def test_wrong_arguments_are_told_in_a_sentence(
@@ -353,9 +398,9 @@ def test_wrong_arguments_are_told_in_a_sentence(
 
 def test_a_job_sees_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert runner._placed("cuda:1") == ("cuda", {"CUDA_VISIBLE_DEVICES": "1"})
-    assert runner._placed("cpu") == ("cpu", {})
+    assert workers.placed("cuda:1") == ("cuda", {"CUDA_VISIBLE_DEVICES": "1"})
+    assert workers.placed("cpu") == ("cpu", {})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert runner._placed("cuda:1") == ("cuda", {"CUDA_VISIBLE_DEVICES": "6"})
+    assert workers.placed("cuda:1") == ("cuda", {"CUDA_VISIBLE_DEVICES": "6"})
     with pytest.raises(InputError, match="'cuda:2', expected cpu or a GPU there is"):
-        runner._placed("cuda:2")
+        workers.placed("cuda:2")
