@@ -311,9 +311,9 @@ def test_a_worker_goes_on_with_other_jobs_until_one_ends_it(experiment: Callable
 
 
 def test_a_worker_takes_what_it_has_compiled_among_jobs_of_one_seed(tmp_path: Path) -> None:
-    axes = {"tokens": {"all": {}, "one": {"model.num_latent_tokens": 1}}}
+    axes = {"tokens": {"all": {}, "some": {"model.num_latent_tokens": 2}}}
     jobs = plan(write_experiment(tmp_path, axes=axes, skip=[], plots=[]))[0].values()
-    titles = ("tokenizer of all, seed 0", "tokenizer of one, seed 0", "tokenizer of one, seed 1")
+    titles = ("tokenizer of all, seed 0", "tokenizer of some, seed 0", "tokenizer of some, seed 1")
     first, second, later = (next(job for job in jobs if job.title == f"tiny: {title}") for title in titles)
     assert first.shape != second.shape == later.shape
     assert workers._chosen([first, second], set()) is first
