@@ -3,7 +3,7 @@
     python benchmarks/codec.py --model photos-64 --data FOLDER --out OUT
 
 Photographs are centre-cropped to the model's size. For every setting of latents and every photograph JPEG and WebP may
-choose among all their qualities and among smaller pictures, which are enlarged again: of the files that are no larger
+choose among 8 qualities and 9 sizes of the picture, which is enlarged again: of the files that are no larger
 than ours, the one with the highest PSNR counts. JPEG's own header takes about 600 bytes, so that it often has no such
 file. `fits` says for how many photographs there is one; figures are means over these alone. ST-LPIPS takes most of the
 time, so give a GPU, or --perceptual none.

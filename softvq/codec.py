@@ -232,7 +232,7 @@ def _decode_steps(payload: bytes, header: SvqHeader, dim: int) -> np.ndarray:
         statistics = _symbols(decoder, stream.model.Uniform(2 * BYTE + 2), 2 * dim).reshape(2, dim) - BYTE - 1
     model = stream.model.QuantizedGaussian(-(2**header.bits), 2**header.bits)
     steps = _symbols(decoder, model, *_normal(statistics, shape, header.bits)).reshape(shape)
-    _check_end(decoder)
+    _check_whole(payload, _encode_steps(steps, statistics, header.bits))
     return steps
 
 
@@ -256,10 +256,8 @@ def _normal(statistics: np.ndarray | None, shape: tuple[int, ...], bits: int) ->
 
 def _encode_codewords(tokenizer: ImageTokenizer, pixels: Tensor, header: SvqHeader) -> bytes:
     """Encode each token's codewords; and with bits the weights, in units of the largest, and the mixture's length."""
-    stream = _stream()
-    encoder = stream.queue.RangeEncoder()
     indices, weights = (found[0, : header.tokens] for found in tokenizer.top_codewords(pixels, header.top))
-    encoder.encode(indices.cpu().numpy().astype(np.int32).ravel(), stream.model.Uniform(_codes(tokenizer)))
+    codes = indices.cpu().numpy()
     if header.bits:
         most = 2**header.bits - 1
         ratios = (weights / weights[:, :1] * most).round()
@@ -268,7 +266,17 @@ def _encode_codewords(tokenizer: ImageTokenizer, pixels: Tensor, header: SvqHead
         lengths = (latents * mixtures).sum(-1) / mixtures.square().sum(-1).clamp(min=1e-12)
         levels = (lengths.clamp(0, 1) * most).round()
         symbols = torch.cat([ratios[:, 1:].flatten(), levels]).nan_to_num().cpu().numpy().astype(np.int32)
-        encoder.encode(symbols, stream.model.Uniform(most + 1))
+        return _packed_codewords(codes, symbols, _codes(tokenizer), most)
+    return _packed_codewords(codes, None, _codes(tokenizer), 0)
+
+
+def _packed_codewords(codes: np.ndarray, weights: np.ndarray | None, size: int, most: int) -> bytes:
+    """Encode whole numbers below the codebook's size, then such from 0 to the largest weight, if there are weights."""
+    stream = _stream()
+    encoder = stream.queue.RangeEncoder()
+    encoder.encode(codes.astype(np.int32).ravel(), stream.model.Uniform(size))
+    if weights is not None:
+        encoder.encode(weights.astype(np.int32), stream.model.Uniform(most + 1))
     return encoder.get_compressed().astype("<u4").tobytes()
 
 
@@ -276,14 +284,14 @@ def _decode_codewords(tokenizer: ImageTokenizer, payload: bytes, header: SvqHead
     stream, decoder = _stream(), _decoder(payload)
     config, device = tokenizer.config, tokenizer.latent_mean.device
     shape = (header.tokens, *code_shape(config.quantizer), header.top)
-    found = _symbols(decoder, stream.model.Uniform(_codes(tokenizer)), math.prod(shape)).reshape(shape)
-    indices = torch.from_numpy(found.astype(np.int64)).to(device)
+    codes = _symbols(decoder, stream.model.Uniform(_codes(tokenizer)), math.prod(shape)).reshape(shape)
+    indices = torch.from_numpy(codes.astype(np.int64)).to(device)
     if not header.bits:
-        _check_end(decoder)
+        _check_whole(payload, _packed_codewords(codes, None, _codes(tokenizer), 0))
         return _mixtures(tokenizer, indices, torch.ones(header.tokens, header.top, device=device))
     most = 2**header.bits - 1
     found = _symbols(decoder, stream.model.Uniform(most + 1), header.tokens * header.top)
-    _check_end(decoder)
+    _check_whole(payload, _packed_codewords(codes, found, _codes(tokenizer), most))
     levels = torch.from_numpy(found.astype(np.float32)).to(device)
     ratios = levels[: header.tokens * (header.top - 1)].reshape(header.tokens, header.top - 1)
     ratios = torch.cat([torch.full_like(levels[-header.tokens :, None], most), ratios], dim=1)
@@ -314,6 +322,7 @@ def _symbols(decoder: Any, model: Any, *given: Any) -> np.ndarray:
         raise InputError("holds what no encoder wrote; fetch it again") from error
 
 
-def _check_end(decoder: Any) -> None:
-    if not decoder.maybe_exhausted():
-        raise InputError("holds more than its picture; fetch it again")
+def _check_whole(payload: bytes, expected: bytes) -> None:
+    """Refuse what decodes to a picture, but is not what that picture is encoded as: a range coder takes any bytes."""
+    if payload != expected:
+        raise InputError("holds more or less than its picture; fetch it again")

@@ -196,10 +196,10 @@ def test_impossible_headers_are_refused(tokenizer: ImageTokenizer, place: int, v
 
 def test_a_header_has_its_layout() -> None:
     header = SvqHeader(
-        coder="codewords", fit="crop", bits=5, fingerprint=b"abcdefgh", width=258, height=1, tokens=64, top=3
+        coder="codewords", fit="crop", bits=5, fingerprint=b"abcdefgh", width=258, height=258, tokens=64, top=3
     )
     data = pack(header, b"wxyz")
-    assert data[:24] == b"\x89SVQ\x01\x02\x02\x05abcdefgh\x02\x01\x01\x00\x40\x00\x03\x00"
+    assert data[:24] == b"\x89SVQ\x01\x02\x02\x05abcdefgh\x02\x01\x02\x01\x40\x00\x03\x00"
     assert data[28:] == b"wxyz"
     assert unpack(data) == (header, b"wxyz")
 
@@ -209,6 +209,27 @@ def test_damaged_files_are_refused(tokenizer: ImageTokenizer) -> None:
     found = {outcome(tokenizer, data, files) for _, data in damaged(files, 270, seed=1)}
     assert found == {"refused", "picture"}
     assert {outcome(tokenizer, data, files) for data in files} == {"picture"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CodecConfig(),
+        CodecConfig(bits=1, tokens=4),
+        CodecConfig(coder="codewords"),
+        CodecConfig(coder="codewords", top=4, bits=3),
+    ],
+)
+def test_what_no_encoder_wrote_is_refused_though_its_checksum_fits(
+    tokenizer: ImageTokenizer, config: CodecConfig
+) -> None:
+    header, payload = unpack(compress(tokenizer, photograph(32, 32, 3), config))
+    assert decompress(tokenizer, pack(header, payload)).size == (32, 32)
+    others = [payload + word for word in (b"\0" * 4, b"\xff" * 4, b"\1\2\3\4")]
+    others += [payload[:end] for end in range(0, len(payload), 4)]
+    for other in others:
+        with pytest.raises(InputError, match=r"holds|no encoder"):
+            decompress(tokenizer, pack(header, other))
 
 
 def test_any_single_bit_is_noticed(tokenizer: ImageTokenizer) -> None:

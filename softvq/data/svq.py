@@ -86,6 +86,8 @@ class SvqHeader:
                 raise InputError(f"{name} is {value}, expected {least} to {most}")
         if self.width * self.height > MAX_PIXELS:
             raise InputError(f"the picture has {self.width} x {self.height} pixels, the limit is {MAX_PIXELS:,}")
+        if self.fit == "crop" and self.width != self.height:
+            raise InputError(f"the picture is a middle square, but has {self.width} x {self.height} pixels")
         if self.top > 1 and self.bits == 0:
             raise InputError(f"bits is 0, expected 1 to {MAX_BITS} for the weights of {self.top} codewords")
 
