@@ -95,6 +95,8 @@ class Client:
             InputError: If the server refuses the request.
             RunError: If the server cannot be reached, fails, or has too much to do.
         """
+        if isinstance(labels, str):
+            raise InputError(f"labels is {labels!r}, expected one for each image: [{labels!r}]")
         asked = {"labels": labels, "seeds": seeds, "steps": steps, "guidance": guidance}
         given = {
             name: list(value) if isinstance(value, Sequence) else value

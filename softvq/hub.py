@@ -16,6 +16,7 @@ from softvq.config import read_json
 from softvq.errors import InputError, RunError
 from softvq.files import read_tensors, replacing, write_json, write_tensors, write_text
 from softvq.pretrained import bundled
+from softvq.pretrained import names as bundled_names
 
 __all__ = ["fingerprint", "load_folder", "load_strictly", "locate", "model_card", "push", "save_folder"]
 
@@ -232,7 +233,8 @@ def _download(name: str, revision: str | None) -> Path:
 
     if not REPOSITORY.fullmatch(name) or ".." in name:
         raise InputError(
-            f"{name}: no such folder, and not the name of a repository, which is owner/name, for example {EXAMPLE}"
+            f"{name}: no such folder, none of {', '.join(bundled_names())}, which come with softvq, and not the name "
+            f"of a repository, which is owner/name, for example {EXAMPLE}"
         )
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))

@@ -122,7 +122,10 @@ class GenerationPipeline:
         Raises:
             InputError: If there is no such device, or the weights were rounded before.
         """
-        device = torch.device(device)
+        try:
+            device = torch.device(device)
+        except RuntimeError as error:
+            raise InputError(f"device is {device!r}, expected cpu, or cuda with or without a number") from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise InputError(f"device is {device}, but there is no CUDA here; take cpu")
         dtype = compute_dtype(precision, device)

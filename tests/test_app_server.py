@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -181,6 +182,28 @@ def test_who_goes_away_stops_the_sampling_and_the_next_is_answered(port: int, st
         studio.pipeline.paint = paint
 
 
+def test_whoever_does_not_read_keeps_nobody_else_waiting(
+    port: int, studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(*given: Any) -> None:
+        show = given[-2]
+        for step in range(60):
+            show({"step": step, "image": "x" * 500_000})
+        show({"done": True})
+
+    monkeypatch.setattr(studio, "generate", generate)
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as reader:
+        line = f"GET /api/generate?class=cat&seed=3&guidance=1&steps=60 HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+        reader.sendall(f"{line}Connection: close\r\n\r\n".encode())
+        reader.recv(100)
+        assert asked(port, "/api/about")[0] == 200
+        found = bytearray()
+        while part := reader.recv(1 << 20):
+            found += part
+    assert b'{"done": true}' in found[-200:]
+    assert found.count(b'"step"') < 60  # the oldest of those that were not read are gone
+
+
 def test_what_nobody_waits_for_any_more_is_not_computed(
     port: int, studio: Studio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,4 +261,4 @@ def test_the_command_refuses_before_it_loads(capsys: pytest.CaptureFixture[str],
 
 def test_the_command_names_what_to_install(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    Program(capsys).refuses("app", names=("starlette and uvicorn", "pip install 'softvq[serve]'"))
+    Program(capsys).refuses("app", names=("starlette and uvicorn", "pip install '.[serve]'"))

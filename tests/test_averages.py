@@ -383,3 +383,17 @@ def test_files_of_other_runs_are_refused(tmp_path: Path) -> None:
         post_hoc_average(snapshots[:3], 0.1)
     with pytest.raises(InputError, match="is no file of kept averages"):
         post_hoc_average([tmp_path / "averages" / "other.safetensors"], 0.1)
+
+
+@pytest.mark.parametrize("skip", [None, 0.0, 1.0])
+def test_a_share_of_one_takes_exactly_the_weights_unless_it_is_to_be_skipped(skip: float | None) -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(7, 5)
+    average = Ema(module, lambda step: 0.0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 1e-5)
+    before = {name: value.clone() for name, value in average.averages.items()}
+    average.update(1, None if skip is None else torch.tensor(skip))
+    expected = before if skip else dict(module.named_parameters())
+    assert all(torch.equal(value, expected[name]) for name, value in average.averages.items())

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import json
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -18,10 +19,12 @@ import pytest
 
 from softvq.client import Client
 from softvq.errors import InputError, RunError
+from softvq.serving.app import create_app
 from softvq.serving.batching import Job
 from softvq.serving.keys import ApiKeys, is_loopback, read_api_keys
 from softvq.serving.limits import Limits
 from softvq.serving.models import Models
+from softvq.serving.server import listen, server_of
 from tests.generators import make_generator
 from tests.program import photograph, png
 from tests.serving import Served, load, serving
@@ -145,6 +148,53 @@ def test_sampling_ends_when_nobody_waits(folder: Path, monkeypatch: pytest.Monke
     with serving(models, Limits(deadline=0.2, steps=10_000)) as served:
         assert served("POST", "/v1/generate", {"labels": [0], "steps": 10_000}).status == 504
     assert len(steps) < 500  # the server has stopped, and with it the models' thread
+
+
+def test_whoever_still_waits_at_the_end_is_told(held: Held) -> None:
+    limits = Limits(grace=0.3, batch=1, images=1)
+    app = create_app(held.models, limits)
+    with listen("127.0.0.1", 0) as made, concurrent.futures.ThreadPoolExecutor(3) as pool:
+        server = server_of(app, limits)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [made]})
+        thread.start()
+        until(lambda: server.started)
+        served = Served(made.getsockname()[1], held.models, app)
+        waiting = [pool.submit(served.image, "/v1/encode", PHOTO) for _ in range(2)]  # one computed, one queued
+        stream = pool.submit(served, "POST", "/v1/generate/stream", {"labels": [0]})
+        until(lambda: app.inside == 3 and held.given)
+        server.handle_exit(signal.SIGTERM, None)
+        for one in waiting:
+            refused = one.result(20)
+            assert refused.status == 503
+            assert "shut down" in refused.error
+            assert refused.headers["retry-after"] == "1"
+        assert b"event: error" in stream.result(20).body
+        assert b"shut down" in stream.result(20).body
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_a_preview_that_is_not_finite_is_left_out_and_lack_of_memory_is_told_as_such(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, painted = load(folder), []
+    paint = models._painted
+
+    def paints(latents: Any) -> list[Any]:
+        painted.append(len(painted))
+        if len(painted) == 1:
+            return [RunError("not finite")] * len(latents)
+        if len(painted) == 4:
+            raise MemoryError
+        return paint(latents)
+
+    monkeypatch.setattr(models, "_painted", paints)
+    with serving(models) as served:
+        asked = {"labels": [0], "steps": 4, "previews": 2}
+        body = served("POST", "/v1/generate/stream", asked).body
+        assert (body.count(b"event: preview"), body.count(b"event: images"), body.count(b"event: error")) == (1, 1, 0)
+        body = served("POST", "/v1/generate/stream", asked).body
+        assert b"out of memory; ask for less" in body
 
 
 def raw(served: Served, head: str, body: bytes = b"") -> socket.socket:

@@ -100,5 +100,8 @@ def _as_images(picture: object, size: int, name: str = "picture") -> Float[Tenso
         raise InputError(f"{name}: floats are {given}, expected {size}x{size}; only PIL images and uint8 are cut to it")
     if not images.abs().amax() <= MAX_VALUE:
         largest = f"{float(images.abs().amax()):g}"
-        raise InputError(f"{name}: floats reach {largest}, expected -1 to 1; v2.Normalize([0.5], [0.5]) makes them so")
+        raise InputError(
+            f"{name}: floats reach {largest}, expected -1 to 1; uint8 tensors need no change, and "
+            "v2.ToDtype(torch.float32, scale=True) with v2.Normalize([0.5], [0.5]) after it makes others so"
+        )
     return images

@@ -33,6 +33,7 @@ MAX_CONNECTIONS = 64
 MAX_SENTENCE = 500
 MAX_SEED = 2**53 - 1  # largest whole number that JavaScript tells from its neighbours
 POLL_SECONDS = 0.2
+UNREAD_EVENTS = 8
 
 
 class _Desk:
@@ -117,8 +118,13 @@ class _Desk:
         loop, stop = asyncio.get_running_loop(), threading.Event()
         shown: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
+        def put(event: dict[str, Any] | None) -> None:
+            while event is not None and shown.qsize() >= UNREAD_EVENTS:  # who reads slowly misses older previews
+                shown.get_nowait()
+            shown.put_nowait(event)
+
         def show(event: dict[str, Any] | None) -> None:
-            loop.call_soon_threadsafe(shown.put_nowait, event)
+            loop.call_soon_threadsafe(put, event)
 
         def draw() -> None:
             try:
@@ -131,15 +137,18 @@ class _Desk:
             finally:
                 show(None)
 
-        async with self._turn:
-            drawing = loop.run_in_executor(None, draw)
-            try:
-                while (event := await shown.get()) is not None:
-                    yield f"data: {json.dumps(event)}\n\n"
-            finally:
-                stop.set()
-                with anyio.CancelScope(shield=True):  # the models are in use until the step ends
-                    await drawing
+        async def take_turn() -> None:
+            async with self._turn:  # not while events are sent, which takes as long as the reader likes
+                await loop.run_in_executor(None, draw)
+
+        drawing = asyncio.create_task(take_turn())
+        try:
+            while (event := await shown.get()) is not None:
+                yield f"data: {json.dumps(event)}\n\n"
+        finally:
+            stop.set()
+            with anyio.CancelScope(shield=True):  # the models are in use until the step ends
+                await drawing
 
 
 def build(studio: Studio, runs_folder: Path, host: str) -> Guard:

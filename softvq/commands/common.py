@@ -72,7 +72,8 @@ def machine_name(device: torch.device) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
     name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return f"{name[1] if name else platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name[1] if name else platform.machine()}, {threads} thread{'s' * (threads != 1)}"
 
 
 def precision_of(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:

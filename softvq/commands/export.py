@@ -35,7 +35,7 @@ def export(arguments: argparse.Namespace) -> None:
     size = out.stat().st_size / 2**20
     results().print(
         f"{out}: {part.kind}, {arguments.precision}, {size:,.1f} MiB; largest difference {check.largest:.1e} of the "
-        f"largest output, {_decibels(check.root_mean_square)} dB below the outputs on the whole",
+        f"largest output, {_told(check.root_mean_square)}",
         soft_wrap=True,
     )
 
@@ -57,5 +57,5 @@ def _part(arguments: argparse.Namespace) -> Part:
     return sampler_part(pipeline, recipe, pixels=not arguments.latents)
 
 
-def _decibels(ratio: float) -> str:
-    return "inf" if ratio == 0 else f"{-20 * math.log10(ratio):.1f}"
+def _told(ratio: float) -> str:
+    return "all numbers the same" if ratio == 0 else f"{-20 * math.log10(ratio):.1f} dB below the outputs on the whole"

@@ -116,6 +116,7 @@ def run_part(path: Path | str, file_format: Literal["torch", "onnx"]) -> Run:
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # which slows whatever runs after it
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]
 
@@ -192,7 +193,7 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f"ONNX needs {name}; run: pip install 'softvq[export]'") from error
+        raise InputError(f"ONNX needs {name}; run: pip install '.[export]'") from error
 
 
 def _compare(part: Part, run: Run, precision: str) -> Check:

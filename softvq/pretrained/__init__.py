@@ -4,10 +4,15 @@ import os
 import re
 from pathlib import Path
 
-__all__ = ["bundled"]
+__all__ = ["bundled", "names"]
 
 FOLDER = Path(__file__).parent
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+def names() -> list[str]:
+    """Return the names of the bundled models."""
+    return sorted(folder.name for folder in FOLDER.iterdir() if bundled(folder.name) is not None)
 
 
 def bundled(name: str) -> Path | None:

@@ -32,7 +32,7 @@ from softvq.serving.schema import (
     latents_model,
     sentence,
 )
-from softvq.serving.service import Gone, Late, Service, png
+from softvq.serving.service import Gone, Late, Service, png, unforeseen
 
 __all__ = ["create_app"]
 
@@ -80,7 +80,7 @@ def create_app(
     paths = frozenset(app.openapi()["paths"])
     gate = Gate(
         app, limits=limits, paths=paths, keys=keys, local=local, count=service.metrics.request,
-        backlog=service.batcher.backlog,
+        backlog=service.batcher.backlog, finish=service.finish,
     )  # fmt: skip
     service.metrics.gauge("softvq_queue_requests", "Requests that wait for the models.", service.batcher.waiting)
     service.metrics.gauge("softvq_inside_requests", "Requests taken on.", lambda: gate.inside)
@@ -192,7 +192,7 @@ def _generation_routes(router: APIRouter, service: Service) -> None:
 def _expect(request: Request, *kinds: str) -> str:
     """Return the kind of a body, if it is one of these; forms, which any page may send, are never."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if not kind.startswith(kinds):
+    if not any(kind == one or (one.endswith("/") and kind.startswith(one)) for one in kinds):
         expected = " or ".join("image/jpeg, image/png, image/webp" if one == "image/" else one for one in kinds)
         raise HTTPException(415, f"content-type is {kind!r}, expected {expected}")
     return kind
@@ -232,6 +232,5 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def mistake(request: Request, error: Exception) -> Response:
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            return failure(request, 503, "out of memory; ask for less, or again when there is less to do", retry=True)
-        return failure(request, 500, "this is a mistake in softvq; the log of the server tells more")
+        status, said = unforeseen(error)
+        return failure(request, status, said, retry=status == 503)

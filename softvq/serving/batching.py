@@ -66,6 +66,7 @@ class Batcher:
     ) -> None:
         self._compute, self._most, self._wait, self._observe = compute, most, wait, observe
         self._waiting: deque[Job] = deque()
+        self._computed: list[Job] = []
         self._changed = threading.Condition()
         self._closed = False
         self._pace = 0.0  # seconds a job takes, as batches are now
@@ -99,9 +100,9 @@ class Batcher:
             self._changed.notify_all()
         self._thread.join(seconds)
         with self._changed:
-            for job in self._waiting:
+            for job in (*self._computed, *self._waiting):
                 with contextlib.suppress(concurrent.futures.InvalidStateError):
-                    job.future.set_exception(Stopped("the server shut down before this was its turn; ask again"))
+                    job.future.set_exception(Stopped("the server shut down before this was done; ask again"))
             self._waiting.clear()
 
     def _work(self) -> None:
@@ -140,6 +141,7 @@ class Batcher:
                 if self._closed or left <= 0 or sum(job.size for job in batch) >= self._most:
                     for job in batch:
                         self._waiting.remove(job)
+                    self._computed = batch
                     return batch
                 self._changed.wait(left)
 

@@ -56,6 +56,7 @@ class Gate:
             server by a name of its own.
         count: Told the endpoint, the status and the seconds of each request.
         backlog: Gives the seconds that the queue will take.
+        finish: Works off the queue, for as long as the limits say, and refuses the rest.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class Gate:
         local: bool = False,
         count: Callable[[str, int, float], object] = lambda endpoint, status, seconds: None,
         backlog: Callable[[], float] = lambda: 0.0,
+        finish: Callable[[], object] = lambda: None,
     ) -> None:
         self._app, self._limits, self._paths, self._keys, self._local = app, limits, paths, keys, local
-        self._count, self._backlog = count, backlog
+        self._count, self._backlog, self.finish = count, backlog, finish
         self.inside = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:

@@ -150,7 +150,9 @@ class Models:
                 raise _GivenUp
             for job, part in zip(jobs, latents.split(sizes), strict=True):
                 if job.show is not None and step in job.previews and not job.future.cancelled():
-                    job.show(step, self._painted(part))
+                    images = self._painted(part)
+                    if not any(isinstance(image, RunError) for image in images):  # the last ones may be well
+                        job.show(step, images)
 
         try:
             painted = self._painted(self.pipeline.latents(condition, keys, recipe, watch))

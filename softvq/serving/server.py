@@ -2,9 +2,12 @@
 
 import contextlib
 import logging
+import math
 import signal
 import socket
+import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import TextIO
 
 import uvicorn
@@ -13,8 +16,10 @@ from softvq.errors import InputError
 from softvq.serving.gate import Gate
 from softvq.serving.limits import Limits
 
-__all__ = ["address_of", "listen", "log_to", "serve"]
+__all__ = ["address_of", "listen", "log_to", "serve", "server_of"]
 
+LAST_WORDS = 2
+"""Seconds in which those are told whose turn did not come in time."""
 CONNECTIONS = 1024
 """Open at a time, beyond the queue; uvicorn refuses others."""
 
@@ -54,18 +59,43 @@ def serve(app: Gate, made: socket.socket, limits: Limits) -> None:
         made: Listens already.
         limits: Of time.
     """
+    with _signals_swallowed():
+        server_of(app, limits).run(sockets=[made])
+
+
+def server_of(app: Gate, limits: Limits) -> uvicorn.Server:
+    """Return what answers once it is run, and lets the queue end when a signal comes.
+
+    Args:
+        app: What answers.
+        limits: Of time.
+
+    Returns:
+        The server.
+    """
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         server_header=False,
         limit_concurrency=limits.queue + CONNECTIONS,
-        timeout_graceful_shutdown=max(1, round(limits.grace)),
+        timeout_graceful_shutdown=math.ceil(limits.grace) + LAST_WORDS,
         lifespan="on",
         ws="none",
     )
-    with _signals_swallowed():
-        uvicorn.Server(config).run(sockets=[made])
+    return _Server(config, app)
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn's waits for answers until its time is up; this one lets the queue end before, so that all have one."""
+
+    def __init__(self, config: uvicorn.Config, gate: Gate) -> None:
+        super().__init__(config)
+        self._gate = gate
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        threading.Thread(target=self._gate.finish, name="softvq-finish", daemon=True).start()
+        super().handle_exit(sig, frame)
 
 
 def log_to(stream: TextIO) -> None:

@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import io
 import json
+import logging
 import os
 import secrets
 import time
@@ -29,7 +30,9 @@ from softvq.serving.metrics import Metrics
 from softvq.serving.models import Models
 from softvq.serving.schema import LARGEST_LATENT, MAX_SEED
 
-__all__ = ["Gone", "Late", "Service", "png"]
+__all__ = ["Gone", "Late", "Service", "png", "unforeseen"]
+
+log = logging.getLogger("softvq.serving")
 
 
 class Late(RunError):
@@ -53,10 +56,17 @@ class Service:
         self.batcher = Batcher(models.compute, most=limits.batch, wait=limits.wait, observe=self.metrics.batch)
         # few, because each may hold a large image
         self._codecs = concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1), "softvq-codecs")
+        self._until: float | None = None
+
+    def finish(self) -> None:
+        """Finish what is queued, for as long as the limits say from the first call on, and refuse the rest."""
+        if self._until is None:
+            self._until = time.monotonic() + self.limits.grace
+        self.batcher.close(max(0.0, self._until - time.monotonic()))
 
     def close(self) -> None:
-        """Finish what is queued, for as long as the limits say."""
-        self.batcher.close(self.limits.grace)
+        """Finish, once no answers are to be written any more."""
+        self.finish()
         self._codecs.shutdown(wait=False, cancel_futures=True)
 
     async def coded(self, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -115,8 +125,11 @@ class Service:
             yield event("error", {"error": str(self._late())})
         except (RunError, concurrent.futures.CancelledError) as error:
             yield event("error", {"error": str(error) or "the request was given up"})
-        except Exception:  # told to the log by who computed it
-            yield event("error", {"error": "this is a mistake in softvq; the log of the server tells more"})
+        except Exception as error:
+            status, said = unforeseen(error)
+            if status == 500:
+                log.error("a stream failed", exc_info=error)
+            yield event("error", {"error": said})
         finally:
             job.future.cancel()
 
@@ -185,6 +198,13 @@ class Service:
 
     def _late(self) -> Late:
         return Late(f"the answer took more than {self.limits.deadline:g} s; ask for less, or when there is less to do")
+
+
+def unforeseen(error: Exception) -> tuple[int, str]:
+    """Return the status and the sentence of an error that is nobody's answer."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return 503, "out of memory; ask for less, or again when there is less to do"
+    return 500, "this is a mistake in softvq; the log of the server tells more"
 
 
 def event(name: str, data: dict[str, Any]) -> bytes:

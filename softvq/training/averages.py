@@ -135,9 +135,8 @@ class Ema:
     Frozen parameters do not change and buffers are not averaged, so both are those of the module itself.
 
     Args:
-        module: What is being trained.
-        decay: Share of the old average kept at each update, 0 to 1, ramped up by `ema_decay_at`; or a function that
-            gives this share from the finished updates.
+        module: What is being trained; its parameters are float32, without gaps in memory.
+        decay: Share of the old average kept at an update, 0 to 1, by `ema_decay_at`; or what gives it from the updates.
     """
 
     def __init__(self, module: nn.Module, decay: float | Callable[[int], float]) -> None:
@@ -149,12 +148,14 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int, skip: Tensor | None = None) -> None:
         """Move the average towards the weights, after `step` finished updates; see `Averages.update`."""
-        averages, share = [*self.averages.values()], 1 - self.decay_at(step)
-        if averages:
-            # a - share (a - w) as SGD up the gradient w, decayed by 1: the only such kernel that can be told to skip
-            weights = [weight.detach() for weight in self.parameters.values()]
-            how = {"weight_decay": 1.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": True}
-            torch._fused_sgd_(averages, weights, [], lr=share, is_first_step=False, found_inf=skip, **how)
+        old, share = [*self.averages.values()], 1 - self.decay_at(step)
+        if not old:
+            return
+        if share == 1:  # from 0 they become exactly the weights, which a - (a - w) is not
+            torch._foreach_mul_(old, 0.0 if skip is None else skip)
+        # a - share (a - w) as SGD up the gradient w, decayed by 1: the only such kernel that can be told to skip
+        how = {"weight_decay": 1.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": True}
+        torch._fused_sgd_(old, [*self.parameters.values()], [], lr=share, is_first_step=False, found_inf=skip, **how)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

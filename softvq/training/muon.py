@@ -17,7 +17,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 SMALLEST_NORM = 1e-7
 MOST_NUMBERS = 1 << 26
-"""In one stack, whose copies take 14 bytes a number."""
+"""In one stack, whose copies take 16 bytes a number."""
 
 
 class Muon:

@@ -13,7 +13,7 @@ const short = (value) => (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(val
 function tickWords(low, high) {
   const decimals = Math.max(0, Math.min(12, 1 - Math.floor(Math.log10(high - low || 1))));
   const largest = Math.max(Math.abs(low), Math.abs(high));
-  return (value) => (largest >= 1e6 || decimals > 6 ? value.toExponential(1) : value.toFixed(decimals));
+  return (value) => (largest >= 1e6 || decimals > 4 ? value.toExponential(1) : value.toFixed(decimals));
 }
 
 function svg(name, attributes, text) {

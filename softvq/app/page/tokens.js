@@ -37,7 +37,8 @@ async function draw() {
   const count = edits.size;
   const what = count === 0 ? "From all tokens" : `${count} ${count === 1 ? "token" : "tokens"} changed`;
   $("t-caption").textContent = `${what}, ${decibels(found.psnr)}`;
-  $("t-change").textContent = `What the changes do: ${(100 * found.change).toFixed(2)} % on average`;
+  $("t-change").textContent = found.change === 0 ? "What the changes do: nothing is changed yet"
+    : `What the changes do: ${(100 * found.change).toFixed(2)} % on average`;
 }
 
 function showEdit() {
@@ -76,7 +77,7 @@ async function select(place) {
   });
   const known = found.entropy !== null;
   $("t-entropy").textContent = known
-    ? `entropy ${found.entropy.toFixed(2)} of ${Math.log2(found.codebook).toFixed(0)} bits, as ${Math.round(2 ** found.entropy)} of ${found.codebook}`
+    ? `entropy ${found.entropy.toFixed(2)} of ${Math.log2(found.codebook).toFixed(0)} bits, as if ${Math.round(2 ** found.entropy)} of ${found.codebook} were equally likely`
     : " ";
   const stages = found.codewords.length
     ? found.codewords.flatMap((stage, i) => [
