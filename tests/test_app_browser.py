@@ -102,7 +102,7 @@ def a_photograph_is_dropped_and_what_is_none_is_a_sentence(page: Browser, tmp_pa
     photograph(300, 200).save(tmp_path / "mine.png")
     page.choose_file("#file", tmp_path / "mine.png")
     page.wait(f"document.getElementById('original').src !== {json.dumps(before)} && {SETTLED}")
-    assert text(page, "credit") == "mine.png"
+    assert text(page, "credit").startswith("mine.png · ")
     assert page.run("document.getElementById('message').hidden")
     page.run("document.querySelectorAll('#photographs button')[1].click()")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from softvq.data.images import center_crop, read_image, to_tensor
@@ -41,6 +42,8 @@ class Photograph:
     """What the page calls it by."""
     name: str
     """What people call it."""
+    size: str
+    """Its own size, and what of it was taken, for people."""
     credit: str
     """Who took it and under which licence; empty where none is owed."""
     image: Tensor
@@ -91,8 +94,7 @@ class Photographs:
         name = "".join(char for char in name if char.isprintable())[:MAX_NAME] or "photograph"
         key = f"dropped-{hashlib.sha256(data).hexdigest()[:24]}"
         if key not in self._dropped:
-            image = to_tensor(center_crop(read_image(data, name=name), self._tokenizer.config.image_size))
-            self._dropped[key] = self._encode(key, name, "", image)
+            self._dropped[key] = self._encode(key, name, "", read_image(data, name=name))
         self._dropped.move_to_end(key)
         while len(self._dropped) > MAX_DROPPED:
             self._dropped.popitem(last=False)
@@ -101,13 +103,16 @@ class Photographs:
     def __getitem__(self, key: str) -> Photograph:
         if key in self._bundled and key not in self._encoded:
             item = self._bundled[key]
-            image = to_tensor(center_crop(read_image(item.path), self._tokenizer.config.image_size))
-            self._encoded[key] = self._encode(key, item.name, item.credit, image)
+            self._encoded[key] = self._encode(key, item.name, item.credit, read_image(item.path))
         if key not in self._encoded and key not in self._dropped:
             raise InputError("this photograph is no longer kept here; drop it on the page again, or choose another")
         return self._encoded[key] if key in self._encoded else self._dropped[key]
 
     @torch.inference_mode()
-    def _encode(self, key: str, name: str, credit: str, image: Tensor) -> Photograph:
-        images = image[None].to(self._tokenizer.latent_mean.device)
-        return Photograph(key=key, name=name, credit=credit, image=images, latents=self._tokenizer.encode(images))
+    def _encode(self, key: str, name: str, credit: str, image: Image.Image) -> Photograph:
+        square = to_tensor(center_crop(image, self._tokenizer.config.image_size))[None]
+        images = square.to(self._tokenizer.latent_mean.device)
+        taken = "" if image.width == image.height else ", its middle square"
+        size = f"{image.width} × {image.height} pixels{taken}"
+        latents = self._tokenizer.encode(images)
+        return Photograph(key=key, name=name, size=size, credit=credit, image=images, latents=latents)

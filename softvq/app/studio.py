@@ -184,6 +184,7 @@ def described(photograph: Photograph) -> dict[str, Any]:
     return {
         "key": photograph.key,
         "name": photograph.name,
+        "size": photograph.size,
         "credit": photograph.credit,
         "picture": thumbnail_address(photograph.image[0]),
     }

@@ -260,7 +260,8 @@ def _fewer_section(parts: DemoParts) -> str:
     return _section(
         f"The same photograph from {listed} tokens",
         f"{nested if len(counts) > 1 else ''}PSNR is the mean squared error in decibels; higher is nearer.{lower} "
-        "Compression is the bytes of raw RGB to the bytes of the tokens in float16.",
+        "Compression is the bytes of raw RGB, in the size shown here, to those of the tokens in float16; a photograph "
+        "that was enlarged to this size had fewer to begin with.",
         f'<div class="rows">\n{cards}\n</div>',
     )
 

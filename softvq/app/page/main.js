@@ -31,7 +31,7 @@ function choose(place) {
   state.chosen = place;
   check($("photographs"), place);
   const photograph = state.photographs[place];
-  $("credit").textContent = photograph ? [photograph.name, photograph.credit].filter(Boolean).join(" · ") : "";
+  $("credit").textContent = photograph ? [photograph.name, photograph.size, photograph.credit].filter(Boolean).join(" · ") : "";
   if (withChooser.has(state.tab)) views[state.tab].open(state);
 }
 
