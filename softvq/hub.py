@@ -232,9 +232,10 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     if not REPOSITORY.fullmatch(name) or ".." in name:
+        known = ", ".join(bundled_names())
+        ours = f"none of {known}, which come with softvq, " if known else ""
         raise InputError(
-            f"{name}: no such folder, none of {', '.join(bundled_names())}, which come with softvq, and not the name "
-            f"of a repository, which is owner/name, for example {EXAMPLE}"
+            f"{name}: no such folder, {ours}and not the name of a repository, which is owner/name, for example {EXAMPLE}"
         )
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))

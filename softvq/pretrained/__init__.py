@@ -12,7 +12,7 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 
 def names() -> list[str]:
     """Return the names of the bundled models."""
-    return sorted(folder.name for folder in FOLDER.iterdir() if bundled(folder.name) is not None)
+    return sorted(path.parent.name for path in FOLDER.glob("*/config.json") if NAME.fullmatch(path.parent.name))
 
 
 def bundled(name: str) -> Path | None:
