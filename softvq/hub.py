@@ -235,7 +235,7 @@ def _download(name: str, revision: str | None) -> Path:
         known = ", ".join(bundled_names())
         ours = f"none of {known}, which come with softvq, " if known else ""
         raise InputError(
-            f"{name}: no such folder, {ours}and not the name of a repository, which is owner/name, for example {EXAMPLE}"
+            f"{name}: no such folder, {ours}and not the name of a repository, which is owner/name, such as {EXAMPLE}"
         )
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))

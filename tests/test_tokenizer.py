@@ -181,8 +181,7 @@ def test_pickles_are_refused(tokenizer, tmp_path):
 @pytest.mark.parametrize("name", ["../../nowhere", "a/b/c", "no-such-folder", "a b/c", "x/..", "org/na\nme"])
 def test_names_that_are_neither_folder_nor_repository_are_refused(name):
     with pytest.raises(
-        InputError,
-        match="no such folder, none of flowers-dit, photos-64, which come with softvq, and not the name of a repository",
+        InputError, match="none of flowers-dit, photos-64, which come with softvq, and not the name of a"
     ):
         ImageTokenizer.from_pretrained(name)
 
