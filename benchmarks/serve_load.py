@@ -78,12 +78,12 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
                 row = campaigns.closed_loop(port, ask, clients, arguments.closed_seconds)
                 found["rows"].append({"request": name, "load": what, **row})
         found["batch_difference"] = campaigns.batch_difference(port, 0, 8)
-        capacity = found["rows"][1]["requests_per_second"]
+        rate = arguments.rate or 2 * found["rows"][1]["requests_per_second"]
         ask = requests(arguments)["reconstruct"]
-        console.print(f"reconstruct, {2 * capacity:.1f} requests/s for {arguments.seconds:g} s ...", highlight=False)
+        console.print(f"reconstruct, {rate:.1f} requests/s for {arguments.seconds:g} s ...", highlight=False)
         found["overload"] = {
             "seconds": arguments.seconds,
-            **campaigns.overload(port, ask, 2 * capacity, arguments.seconds, pid),
+            **campaigns.overload(port, ask, rate, arguments.seconds, pid),
         }
     return found
 
@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--closed-seconds", type=float, default=15.0, help="of one client, and of many")
     parser.add_argument("--seconds", type=float, default=120.0, help="of twice the capacity")
+    parser.add_argument("--rate", type=float, help="requests a second in place of twice the capacity")
     parser.add_argument("--machine", help="its name, for the table")
     parser.add_argument("--out", type=Path, default=Path("serve_load.json"))
     arguments = parser.parse_args()
