@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from PIL import Image
 
 from softvq.backbones import load_backbone
+from softvq.commands import common
 from softvq.data.folder import DataConfig, PhotoFolder
+from softvq.data.images import read_image
 from softvq.evaluation.probing import evenly
 from softvq.files import write_tensors
 from softvq.tokenizers.autoencoder import ImageTokenizer
@@ -69,6 +72,30 @@ def test_colours_are_told_from_latents(program: Program) -> None:
     assert program(*PROBE, "--out", "again", "--batch-size", "39").code == 0
     again = json.loads(Path("again/probe.json").read_text())
     assert {**again, "gradient": 0} == {**report, "gradient": 0}
+
+
+@pytest.mark.parametrize("workers", ["0", "3"])
+def test_photographs_are_read_ahead_where_asked(
+    program: Program, workers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[str] = set()
+
+    def read(path: Path) -> Image.Image:
+        threads.add(threading.current_thread().name.partition("_")[0])
+        return read_image(path)
+
+    assert program(*PROBE, "--out", "before").code == 0
+    monkeypatch.setattr(common, "read_image", read)
+    assert program(*PROBE, "--out", "after", "--workers", workers).code == 0
+    assert threads == {"MainThread" if workers == "0" else "softvq-decoder"}
+    assert Path("after/probe.json").read_bytes() == Path("before/probe.json").read_bytes()
+    broken = Path(shutil.copytree("photos", "more"), "train", "red", "03.png")
+    broken.write_bytes(b"no picture")
+    result = program("evaluate", "probe", "model", "more", *PROBE[4:], "--out", "less", "--workers", workers)
+    assert result.code == 0
+    assert f"skipped: {broken}" in result.err
+    data = json.loads(Path("less/probe.json").read_text())["data"]["train"]
+    assert (data["skipped"], data["photographs"]) == (["red/03.png"], 23)
 
 
 def test_the_probe_has_a_page(program: Program) -> None:

@@ -108,8 +108,12 @@ def _add_sets(command: argparse.ArgumentParser, out: str, protocols: tuple[str, 
     )
     command.add_argument("--out", default=out, metavar="DIR", help=f"the folder to write to (default: {out})")
     command.add_argument("--overwrite", action="store_true", help="write although something is at --out already")
-    command.add_argument("--workers", type=natural, default=0, metavar="N", help="that decode ahead (default: 0)")
+    _add_workers(command)
     add_machine(command, batch_size=64, fp8=True)
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workers", type=natural, default=0, metavar="N", help="that decode ahead (default: 0)")
 
 
 def _add_probe(kinds: Commands) -> None:
@@ -150,6 +154,7 @@ def _add_measured(command: argparse.ArgumentParser, data: str) -> None:
     )
     command.add_argument("--size", type=positive, metavar="N", help="centre-crop to N x N (default: the model's)")
     command.add_argument("--overwrite", action="store_true", help="write although something is at --out already")
+    _add_workers(command)
     add_machine(command)
 
 

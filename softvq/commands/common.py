@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from softvq.data.ahead import mapped_ahead
 from softvq.data.images import center_crop, find_images, read_image, to_tensor
 from softvq.errors import InputError, RunError
 from softvq.files import remove_leftovers
@@ -39,6 +40,9 @@ __all__ = [
     "results",
     "round_trip",
 ]
+
+AHEAD = 4
+"""Photographs for each thread that may wait to be asked for."""
 
 T = TypeVar("T")
 
@@ -184,6 +188,8 @@ class Photos:
     """Height and width have to be multiples of this."""
     console: Console
     """Where progress and skipped photographs are told."""
+    workers: int = 0
+    """Threads that read ahead; 0 reads each photograph when it is asked for."""
     paths: list[Path] = field(init=False)
     """What was found."""
     skipped: list[str] = field(init=False, default_factory=list)
@@ -203,21 +209,28 @@ class Photos:
     def __iter__(self) -> Iterator[Photo]:
         self.skipped.clear()
         pairs = list(zip(self.paths, self.names, strict=True))
-        for path, name in progress(pairs, "photographs", self.console):
-            try:
-                image = to_tensor(self._fit(read_image(path), path))
-            except InputError as error:
-                if path == self.source:
-                    raise
-                self.skipped.append(name)
-                self.console.print(f"skipped: {error}", soft_wrap=True)
-                continue
-            yield Photo(name=name, image=image)
+        read = mapped_ahead(self._read, iter(self.paths), self.workers, AHEAD * self.workers)
+        with contextlib.closing(read):
+            for path, name in progress(pairs, "photographs", self.console):
+                image = next(read)
+                if isinstance(image, InputError):
+                    if path == self.source:
+                        raise image
+                    self.skipped.append(name)
+                    self.console.print(f"skipped: {image}", soft_wrap=True)
+                    continue
+                yield Photo(name=name, image=image)
         if self.skipped:
             count = f"{len(self.skipped)} of {len(self.paths)} photographs"
             if 2 * len(self.skipped) > len(self.paths):
                 raise RunError(f"{self.source}: {count} could not be used, the first {self.skipped[0]}; look at them")
             self.console.print(f"skipped {count}", soft_wrap=True)
+
+    def _read(self, path: Path) -> Float[Tensor, "3 height width"] | InputError:
+        try:
+            return to_tensor(self._fit(read_image(path), path))
+        except InputError as error:  # told in its turn, and by one thread
+            return error
 
     def _fit(self, image: Image.Image, path: Path) -> Image.Image:
         if self.size is not None:

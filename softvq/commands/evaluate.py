@@ -106,7 +106,8 @@ def _probed(
             latents = tokenizer.encode(images.to(device))[:, : generator.config.num_tokens].float()
             return generator_features(generator, latents, layer, keys, time=arguments.time)
 
-    train, val = (_Chosen(path, size, tokenizer, arguments.images) for path in _splits(arguments))
+    most, workers = arguments.images, arguments.workers
+    train, val = (_Chosen(path, size, tokenizer, most, workers) for path in _splits(arguments))
     _check_classes(train.folder, val.folder)
     classes = train.folder.classes
     teach, judge = (_labelled(each, classes, features, arguments.batch_size) for each in (train, val))
@@ -146,7 +147,7 @@ def latents(arguments: argparse.Namespace) -> None:
     size = _size(arguments, tokenizer)
     if all((Path(arguments.data) / name).is_dir() for name in ("train", "val")):
         raise InputError(f"{arguments.data}: holds train and val; give one of them")
-    chosen = _Chosen(Path(arguments.data), size, tokenizer, arguments.images)
+    chosen = _Chosen(Path(arguments.data), size, tokenizer, arguments.images, arguments.workers)
     if len(chosen.photos.paths) < FEWEST_PHOTOS:
         raise InputError(f"{arguments.data}: {_count(chosen)}, expected at least {FEWEST_PHOTOS}")
     backbone = _backbone(arguments.features, size[0])
@@ -186,11 +187,11 @@ def latents(arguments: argparse.Namespace) -> None:
 class _Chosen:
     """Some photographs of a folder, spread evenly, with their classes."""
 
-    def __init__(self, path: Path, size: tuple[int, int], tokenizer: ImageTokenizer, most: int) -> None:
+    def __init__(self, path: Path, size: tuple[int, int], tokenizer: ImageTokenizer, most: int, workers: int) -> None:
         data = DataConfig(crop="center", flip=False, cache_megabytes=0)
         self.folder = PhotoFolder(path, size[0], data, seed=0)
         patch_size = tokenizer.config.patch_size
-        self.photos = Photos(source=Path(path), size=size, patch_size=patch_size, console=messages())
+        self.photos = Photos(source=Path(path), size=size, patch_size=patch_size, console=messages(), workers=workers)
         self.photos.paths = [Path(path) / self.folder.names[i] for i in evenly(len(self.folder), most)]
         self.labels = dict(zip(self.folder.names, self.folder.labels, strict=True))
 
