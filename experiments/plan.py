@@ -13,11 +13,24 @@ from softvq.config import apply_overrides, from_dict, read_yaml, to_yaml
 from softvq.errors import InputError
 from softvq.training.generator_recipe import GeneratorRunConfig, expand_generator
 
-__all__ = ["DEVICE", "FIGURES", "Cell", "Experiment", "Job", "Options", "Plot", "build_jobs", "read_experiment"]
+__all__ = [
+    "DEVICE",
+    "FIGURES",
+    "LATENTS",
+    "Cell",
+    "Experiment",
+    "Job",
+    "Options",
+    "Plot",
+    "build_jobs",
+    "read_experiment",
+]
 
 DEVICE = "{device}"
 """Stands in commands for the device, which is known when a job starts and changes nothing that is asked."""
 GENERATOR, CELL = "generator.", "cell:"
+LATENTS = "latents"
+"""Folder, in OUT, of the jobs whose latents others share."""
 OWN = "{own}"
 """Stands in commands for the job's folder, which is named after what they do."""
 SHOWN = 16
@@ -192,11 +205,13 @@ class Job:
     shape: str
     """Jobs of the same compute alike, so that compiled code of one serves the other."""
     recipe: str
-    """The resolved recipe, as YAML."""
+    """The resolved recipe, as YAML; '' of a job that trains nothing."""
     commands: tuple[tuple[str, ...], ...]
     """Arguments of `softvq`, one command after the other."""
     parents: tuple[str, ...]
-    """Names of the jobs whose models it needs."""
+    """Names of the jobs whose models or latents it needs."""
+    passing: bool
+    """Whether it is for other jobs alone, and goes when those are finished."""
     sha256: str
     """Of all that decides its result."""
 
@@ -313,10 +328,10 @@ class _Builder:
             looked += ["--workers", str(options.workers), "--out", f"{OWN}/reconstruction"]
             commands.append(["evaluate", "reconstruction", model, f"{data}/val", *looked, *measured])
         if "probe" in self.experiment.settings.measure:
-            looked = ["--on", "latents-pooled", "--out", f"{OWN}/probe"]
+            looked = ["--on", "latents-pooled", "--workers", str(options.workers), "--out", f"{OWN}/probe"]
             commands.append(["evaluate", "probe", model, str(data), *looked, *measured])
-        model = recipe.model
-        shape = f"{model.image_size} px, {model.patch_size} px a patch, {model.num_latent_tokens} tokens of a tokenizer"
+        shape = f"{recipe.train.batch_size} x {recipe.model.image_size} px, {recipe.model.patch_size} px a patch, "
+        shape += f"{recipe.model.num_latent_tokens} tokens of a tokenizer"
         name = self.add(("tokenizer", cell, seed), shape, to_yaml(recipe), commands, parents)
         self.shapes[name] = {"num_tokens": recipe.model.num_latent_tokens, "latent_dim": recipe.model.latent_dim}
         return name
@@ -328,26 +343,33 @@ class _Builder:
         written = apply_overrides(read_yaml(path), self.changes(cell, seed, generator=True))
         recipe = from_dict(GeneratorRunConfig, expand_generator(written, shape), str(path))
         data, device = options.data.resolve(), ["--device", DEVICE]
-        cached = ["cache-latents", f"{tokenizer}/run/tokenizer", f"{data}/train", f"{OWN}/latents"]
-        train = ["train", "generator", "--config", f"{OWN}/recipe.yaml", "--latents", f"{OWN}/latents"]
+        latents = self.latents(cell, seed, tokenizer)
+        train = ["train", "generator", "--config", f"{OWN}/recipe.yaml", "--latents", f"{latents}/cache"]
         sampled = ["--n", str(options.n), "--guidance", f"{settings.guidance:g}", "--seed", str(seed)]
         sampled += ["--features", options.features, "--workers", str(options.workers), "--batch-size", "250"]
         made = ["evaluate", "generation", f"{OWN}/run/generator", f"{data}/train", "--crop", *sampled]
         commands = [
-            [*cached, "--workers", str(options.workers), "--batch-size", "128", *device],
             [*train, "--run", f"{OWN}/run", *device],
             [*made, "--out", f"{OWN}/generation", *device],
         ]
-        shape = f"{recipe.model.num_tokens} tokens of {recipe.model.latent_dim} numbers of a generator"
-        return self.add(("generator", cell, seed), shape, to_yaml(recipe), commands, [tokenizer])
+        shape = f"{recipe.train.batch_size} x {recipe.model.num_tokens} tokens of {recipe.model.latent_dim} numbers"
+        return self.add(("generator", cell, seed), shape, to_yaml(recipe), commands, [latents])
+
+    def latents(self, cell: Cell, seed: int, tokenizer: str) -> str:
+        """Return the job that encodes the photographs, once for all generators on a tokenizer."""
+        options = self.options
+        cached = ["cache-latents", f"{tokenizer}/run/tokenizer", f"{options.data.resolve()}/train", f"{OWN}/cache"]
+        cached += ["--workers", str(options.workers), "--batch-size", "128", "--device", DEVICE]
+        return self.add((LATENTS, cell, seed), self.jobs[tokenizer].shape, "", [cached], [tokenizer])
 
     def add(
         self, what: tuple[str, Cell, int], shape: str, recipe: str, commands: list[list[str]], parents: Sequence[str]
     ) -> str:
-        facts = [recipe, commands, [self.jobs[parent].sha256 for parent in parents]]
+        decisive = [_without(command, "--workers") for command in commands]
+        facts = [recipe, decisive, [self.jobs[parent].sha256 for parent in parents]]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         kind, cell, seed = what
-        name = f"{kind}s/{digest[:SHOWN]}"
+        name = f"{kind.removesuffix('s')}s/{digest[:SHOWN]}"
         self.jobs.setdefault(
             name,
             Job(
@@ -358,10 +380,16 @@ class _Builder:
                 recipe=recipe,
                 commands=tuple(tuple(word.replace(OWN, name) for word in command) for command in commands),
                 parents=tuple(parents),
+                passing=kind == LATENTS,
                 sha256=digest,
             ),
         )
         return name
+
+
+def _without(command: list[str], option: str) -> list[str]:
+    """Return a command without an option and its value."""
+    return [word for word, before in zip(command, ["", *command], strict=False) if option not in (word, before)]
 
 
 def _pairs(fields: Mapping[str, Any]) -> list[str]:

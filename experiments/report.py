@@ -13,7 +13,7 @@ from rich.table import Table
 from experiments.plan import FIGURES, Experiment, Plot
 from experiments.plots import Point, plot
 
-__all__ = ["Row", "Summary", "draw_plots", "half_width", "markdown", "rich_tables", "summaries"]
+__all__ = ["Row", "Summary", "draw_plots", "half_width", "markdown", "rich_tables", "row_line", "summaries"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +69,12 @@ def summaries(rows: Iterable[Row]) -> dict[str, Summary]:
             halves={key: half_width(each) for key, each in values.items()},
         )
     return found
+
+
+def row_line(row: Row) -> str:
+    """Return a cell and seed with its figures in one line, for those who search and compare."""
+    shown = (f"{key} {row.figures[key]:.4g}" for key in FIGURES if key in row.figures)
+    return f"{row.cell}, seed {row.seed}: {', '.join(shown)}"
 
 
 def _cells(found: Mapping[str, Summary], source: str = "") -> tuple[list[str], list[list[str]]]:

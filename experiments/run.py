@@ -93,7 +93,8 @@ def _run(arguments: argparse.Namespace, overrides: tuple[str, ...], command: str
     )
     jobs = _jobs(experiments, options)
     out = arguments.out
-    todo = [job for job in jobs.values() if not _finished(out, job)]
+    todo = _unfinished(jobs, out)
+    jobs = {name: job for name, job in jobs.items() if not job.passing or job in todo}
     titles = "; ".join(experiment.settings.title for experiment in experiments)
     console.print(f"{titles}: {len(jobs)} jobs, {len(jobs) - len(todo)} of them finished")
     varied = {key for experiment in experiments for cell in experiment.cells() for key in cell.fields}
@@ -109,7 +110,9 @@ def _run(arguments: argparse.Namespace, overrides: tuple[str, ...], command: str
         for experiment in experiments:
             seeds = tuple(dict.fromkeys([*experiment.settings.seeds, *(options.seeds or ())]))
             known = build_jobs(experiment, dataclasses.replace(options, only=(), seeds=seeds))
-            _summarise(experiment, known, failed, out, arguments.device, command)
+            rows = _summarise(experiment, known, failed, out, arguments.device, command)
+            for row in rows if arguments.report else ():
+                print(report.row_line(row))
     return 1 if failed else 0
 
 
@@ -140,6 +143,13 @@ def _classes(data: Path) -> int:
     return len(names[0])
 
 
+def _unfinished(jobs: Mapping[str, Job], out: Path) -> list[Job]:
+    """Return the jobs that are to be done, those for other jobs only where one of these needs them."""
+    lasting = [job for job in jobs.values() if not job.passing and not _finished(out, job)]
+    needed = {name for job in lasting for name in job.parents}
+    return [job for job in jobs.values() if job in lasting or (job.name in needed and not _finished(out, job))]
+
+
 def _finished(out: Path, job: Job) -> bool:
     try:
         return json.loads((out / job.name / "result.json").read_text())["sha256"] == job.sha256
@@ -154,7 +164,7 @@ def _summarise(
     out: Path,
     devices: Sequence[str],
     command: str,
-) -> None:
+) -> list[report.Row]:
     """Write all figures there are, also of cells that were not asked for now, the table and the pictures."""
     jobs, wanted = known
     failed = {jobs[name].title: why for name, why in failed.items() if name in jobs}
@@ -188,6 +198,7 @@ def _summarise(
         console.print(table)
     console.print(facts)
     console.print(f"{folder}: results.json, table.md, {', '.join(path.name for path in written)}", soft_wrap=True)
+    return rows
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -27,6 +28,8 @@ STOPPED = 75
 """Exit code of a command that a signal ended and that has saved."""
 VARIANTS = 1 << 16
 """Ways in which a function may be compiled: jobs have many shapes, and one too many would run it as it is."""
+SEED = 0
+"""Of torch's own generators where a job begins."""
 LOGGED = ("perplexity", "posterior_entropy")
 
 
@@ -75,9 +78,7 @@ def work(folder: Path, device: str) -> int:
             figures[f"{source}.seconds"] = time.perf_counter() - started
             figures |= training_of(folder / "run" / "log.jsonl", source)
     measured, network = figures_of(folder)
-    # a checkpoint is several times as large as the model, and a cache is made anew in seconds
-    for name in ("run/checkpoints", "latents"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)  # several times as large as the model
     write_json(folder / "result.json", {"sha256": job["sha256"], "figures": figures | measured, "network": network})
     return 0
 
@@ -99,28 +100,61 @@ def printing_to(path: Path) -> Iterator[None]:
             os.close(old)
 
 
+@contextlib.contextmanager
+def as_in_a_new_process() -> Iterator[None]:
+    """Let a job begin with what a new process has, and take back what it changes for all of this one."""
+    torch = importlib.import_module("torch")
+    torch.manual_seed(SEED)
+    environment, place, threads = dict(os.environ), Path.cwd(), torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    cudnn = torch.backends.cudnn
+    chosen = cudnn.benchmark, cudnn.deterministic
+    exact, dtype = torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = chosen  # trainings try out convolutions
+        torch.use_deterministic_algorithms(exact)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(True)
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.chdir(place)
+        os.environ.clear()
+        os.environ.update(environment)
+        gc.collect()  # models lie in circles, and hold the device's memory
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
 def carried_out(folder: Path, device: str) -> int:
-    """Carry out a job whatever happens in it, and leave nothing of it on the device; return its exit code."""
-    with printing_to(folder / "log.txt"):
+    """Carry out a job whatever happens in it, and leave nothing of it in this process; return its exit code."""
+    with printing_to(folder / "log.txt"), as_in_a_new_process():
         try:
-            code = work(folder, device)
+            return work(folder, device)
+        except SystemExit as ended:
+            print(f"it ended with {ended.code!r}", file=sys.stderr)
+            return ended.code if isinstance(ended.code, int) and ended.code else 1
         except Exception:
             traceback.print_exc()
-            code = 1
-    gc.collect()  # models lie in circles, and hold the device's memory
-    if device.startswith("cuda"):
-        importlib.import_module("torch").cuda.empty_cache()
-    return code
+            return 1
 
 
 def main(device: str) -> int:
     """Carry out the jobs that standard input names; return the exit code of one that a signal ended, else 0."""
+    # away from where a job, or what it starts, would read a name or print something that were taken for an answer
+    names, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)
     if device.startswith("cuda"):
         config = importlib.import_module("torch._dynamo").config
         config.recompile_limit = config.accumulated_recompile_limit = VARIANTS
-    for line in sys.stdin:
+    for line in names:
         code = carried_out(Path(line.strip()), device)
-        print(json.dumps({"code": code}), flush=True)
+        print(json.dumps({"code": code}), file=answers, flush=True)
         if code == STOPPED:
             return code
     return 0

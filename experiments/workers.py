@@ -5,6 +5,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import IO
 
 from rich.console import Console
 
-from experiments.plan import Job
+from experiments.plan import LATENTS, Job
 from softvq.errors import InputError
 from softvq.files import write_json, write_text
 
@@ -48,7 +49,8 @@ class Worker:
         if folder.exists():  # of a job that was cut off, or of another recipe
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        write_text(folder / "recipe.yaml", job.recipe)
+        if job.recipe:
+            write_text(folder / "recipe.yaml", job.recipe)
         write_json(folder / "job.json", {"commands": [list(one) for one in job.commands], "sha256": job.sha256})
         if self._process is not None and self._process.poll() is not None:
             self.stop()
@@ -64,30 +66,39 @@ class Worker:
         """Return how its job ended, '' if well, or None if it has not."""
         assert self.job is not None
         assert self._process is not None
-        code: int | None = None
+        gone = self._process.poll() is not None  # before its answer is looked for, which may be its last word
+        line = b""
         if select.select([self._pipe("stdout")], [], [], 0)[0]:
             line = self._pipe("stdout").readline()
-            code = json.loads(line)["code"] if line else self._process.wait()
-            code = code if line else code or 1  # it is gone without an answer
-        elif self._process.poll() is not None:
-            code = self._process.returncode or 1
-        if code is None:
+            gone = gone or not line
+        if not line and not gone:
             return None
-        return "" if code == 0 else _last_line(self._out / self.job.name / "log.txt") or f"exit code {code}"
+        log = self._out / self.job.name / "log.txt"
+        said = _last_line(log) if log.exists() else ""
+        if not line:
+            return f"{_death(self._process.wait())}; last it said: {said or 'nothing'}"
+        code = json.loads(line)["code"]
+        return "" if code == 0 else said or f"exit code {code}"
 
-    def stop(self) -> None:
-        """Tell it to stop, and wait."""
+    def tell_to_stop(self) -> None:
+        """Let it end, at once if it has a job."""
         if self._process is None:
             return
         if self.job is not None:
             self._process.terminate()
         with contextlib.suppress(BrokenPipeError):
             self._pipe("stdin").close()
-        try:
+
+    def stop(self) -> None:
+        """Tell it to stop, wait, and end what it has started and left."""
+        self.tell_to_stop()
+        if self._process is None:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
         self._pipe("stdout").close()
         self._process = None
 
@@ -101,6 +112,7 @@ class Worker:
             env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,  # the keyboard stops the runner alone, which then stops all of these
         )
 
     def _pipe(self, name: str) -> IO[bytes]:
@@ -132,7 +144,8 @@ def carry_out(todo: Sequence[Job], out: Path, slots: Sequence[str], threads: int
                 busy = {one.job.name for one in workers if one.job}
                 ready = [job for job in waiting.values() if not any(p in waiting or p in busy for p in job.parents)]
                 if ready:
-                    worker.start(waiting.pop(_chosen(ready, worker.shapes).name))
+                    others = {shape for one in workers for shape in one.shapes} - worker.shapes
+                    worker.start(waiting.pop(_chosen(ready, worker.shapes, others).name))
             for worker in workers:
                 ended = worker.ended() if worker.job else None
                 if worker.job is None or ended is None:
@@ -143,8 +156,12 @@ def carry_out(todo: Sequence[Job], out: Path, slots: Sequence[str], threads: int
                     said = failed[name] = f"failed ({ended})"
                 done = total - len(waiting) - sum(worker.job is not None for worker in workers)
                 console.print(f"{titles[name]}: {said}, {done} of {total}", markup=False)
+            _clear([*waiting.values(), *(worker.job for worker in workers if worker.job)], out)
             time.sleep(POLL_SECONDS if any(worker.job for worker in workers) else 0)
+        _clear([], out)  # what a run that was cut off has left
     finally:
+        for worker in workers:
+            worker.tell_to_stop()  # all of them first, since each may take its time to save
         for worker in workers:
             worker.stop()
     return failed
@@ -160,10 +177,29 @@ def _pass_over(waiting: dict[str, Job], failed: dict[str, str], titles: Mapping[
             del waiting[name]
 
 
-def _chosen(ready: Sequence[Job], shapes: set[str]) -> Job:
-    """Return the first job, or of those with its seed the first whose shape a worker has compiled already."""
-    alike = (job for job in ready if job.seed == ready[0].seed and job.shape in shapes)
-    return next(alike, ready[0])
+def _clear(left: Sequence[Job], out: Path) -> None:
+    """Remove latents that none of the jobs that are left needs; the log of those that failed stays."""
+    needed = {Path(parent).name for job in left for parent in job.parents}
+    for result in (out / LATENTS).glob("*/result.json"):
+        if result.parent.name not in needed:
+            result.unlink()  # first, lest what is half removed be taken for whole
+            shutil.rmtree(result.parent)
+
+
+def _chosen(ready: Sequence[Job], own: set[str], others: set[str]) -> Job:
+    """Return which job a worker takes, of those with the first one's seed.
+
+    Args:
+        ready: At least one, in their order.
+        own: Shapes that the worker has compiled, which come first.
+        others: Shapes that others have, which come last.
+
+    Returns:
+        One of them.
+    """
+    alike = [job for job in ready if job.seed == ready[0].seed]
+    # sorting keeps the order of equals
+    return min(alike, key=lambda job: (job.shape not in own, job.shape in others))
 
 
 def placed(device: str) -> tuple[str, dict[str, str]]:
@@ -188,6 +224,15 @@ def placed(device: str) -> tuple[str, dict[str, str]]:
     if not index.isdigit() or (names is not None and int(index) >= len(names)):
         raise InputError(f"--device has {device!r}, expected cpu or a GPU there is, such as cuda:0")
     return "cuda", {"CUDA_VISIBLE_DEVICES": names[int(index)] if names else index}
+
+
+def _death(code: int) -> str:
+    """Say how a process ended that was not to end."""
+    if code >= 0:
+        return f"its process ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in {each.value for each in signal.Signals} else f"signal {-code}"
+    hint = ", often for want of memory" if -code == signal.SIGKILL else ""
+    return f"its process was ended by {name}{hint}"
 
 
 def _last_line(log: Path) -> str:

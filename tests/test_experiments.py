@@ -1,90 +1,29 @@
-"""Experiments: what their files ask for, intervals, pictures, and a tiny one from end to end."""
+"""Experiments: what their files ask for, which jobs that are, intervals, pictures."""
 
 import json
 import math
 import re
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import yaml
-from PIL import Image
-from safetensors.torch import save_file
 
 from experiments import report, workers
 from experiments import run as runner
-from experiments.plan import FIGURES, Job, Options, build_jobs, read_experiment
+from experiments.plan import Job, Options, read_experiment
 from experiments.plots import Point, plot
 from softvq.config import read_yaml
 from softvq.errors import InputError
 from softvq.evaluation.charts import COLOURS
-from tests.program import photograph, write_recipe
+from tests.small_experiment import CLASSES, TINY, plan, write_experiment
 
 FOLDER = Path(__file__).parents[1] / "experiments"
+
 PROXIES = sorted(FOLDER.glob("proxy*.yaml"))
+
 EXPERIMENTS = sorted(set(FOLDER.glob("*.yaml")) - set(PROXIES))
-CLASSES = 2
-BROKEN = 0.125
-STUB = f"""
-import json, os, pathlib, sys
-for line in sys.stdin:
-    folder, code = pathlib.Path(line.strip()), 0
-    log = (folder / "log.txt").open("w")
-    print("it began", os.getpid(), file=log)
-    if "lr: {BROKEN}" in (folder / "recipe.yaml").read_text():
-        code = 2
-        print("softvq: it is broken", file=log, flush=True)
-        if "seed: 0" in (folder / "recipe.yaml").read_text():
-            os._exit(9)
-    else:
-        job = json.loads((folder / "job.json").read_text())
-        figures = {{"reconstruction.psnr": 20.0, "generation.frechet_distance": 3.0}}
-        result = {{"sha256": job["sha256"], "figures": figures, "network": None}}
-        (folder / "result.json").write_text(json.dumps(result))
-    log.close()
-    print(json.dumps({{"code": code}}), flush=True)
-"""
-TINY = {
-    "title": "Tiny",
-    "question": "Does it run?",
-    "expected": "It does.",
-    "recipe": "recipe.yaml",
-    "generator": "generator.yaml",
-    "measure": ["reconstruction", "probe", "generation"],
-    "seeds": [0, 1],
-    "axes": {
-        "tokenizer": {"plain": {}, "broken": {"optim.lr": BROKEN}},
-        "steps": {"1": {"generator.train.steps": 1}, "2": {"generator.train.steps": 2}},
-    },
-    "skip": [["broken", "2"]],
-    "plots": [
-        {"x": "steps", "y": "generation.frechet_distance", "lines": "tokenizer", "log_x": True},
-        {"x": "tokenizer", "y": "reconstruction.psnr"},
-        {"x": "reconstruction.psnr", "y": "probe.linear"},
-    ],
-}
-
-
-def write_experiment(folder: Path, **changes: Any) -> Path:
-    """Write a tiny experiment with its recipes."""
-    write_recipe(folder / "recipe.yaml")
-    generator = {
-        "model": {"network": {"kind": "transformer", "width": 16, "depth": 1, "num_heads": 2}},
-        "train": {"batch_size": 4, "steps": 2, "log_every": 1, "sample_every": 0},
-        "sampling": {"steps": 2},
-    }
-    (folder / "generator.yaml").write_text(json.dumps(generator))
-    path = folder / "tiny.yaml"
-    path.write_text(json.dumps({key: value for key, value in {**TINY, **changes}.items() if value is not None}))
-    return path
-
-
-def plan(path: Path, **options: Any) -> tuple[dict[str, Job], dict[tuple[str, int], list[str]]]:
-    """Return the jobs of an experiment, of photographs that need not be there."""
-    return build_jobs(read_experiment(path), Options(**{"data": Path("photos"), "classes": CLASSES, **options}))
 
 
 def recipe_of(job: Job) -> dict[str, Any]:
@@ -101,10 +40,12 @@ def test_every_cell_of_every_experiment_is_a_valid_recipe(path: Path) -> None:
     order = list(jobs)
     for job in jobs.values():
         assert all(order.index(parent) < order.index(job.name) for parent in job.parents)
+        assert not any("{own}" in word for command in job.commands for word in command)
+        if job.passing:
+            continue
         recipe = recipe_of(job)
         assert recipe["data"]["path"] is None
         assert job.title.endswith(f"seed {recipe['seed']}")
-        assert not any("{own}" in word for command in job.commands for word in command)
     last = [names[-1] for names in wanted.values()]
     assert len(set(last)) == len(last)  # no two cells are the same
 
@@ -131,11 +72,16 @@ def test_cells_are_the_product_without_what_is_skipped(tmp_path: Path) -> None:
     # the axis of the generator's steps has one tokenizer
     assert [job.title for job in jobs.values() if job.title.endswith("seed 0")] == [
         "tiny: tokenizer of plain, 1, seed 0",
+        "tiny: latents of plain, 1, seed 0",
         "tiny: generator of plain, 1, seed 0",
         "tiny: generator of plain, 2, seed 0",
         "tiny: tokenizer of broken, 1, seed 0",
+        "tiny: latents of broken, 1, seed 0",
         "tiny: generator of broken, 1, seed 0",
     ]
+    first, second = (jobs[wanted[cell, 0][1]] for cell in ("plain, 1", "plain, 2"))
+    assert first.parents == second.parents  # the latents, which are made once
+    assert first.commands[0][4:6] == ("--latents", f"{first.parents[0]}/cache")
     steps = [recipe_of(jobs[wanted[f"plain, {n}", 1][1]])["train"]["steps"] for n in (1, 2)]
     assert steps == [1, 2]
     assert wanted["plain, 1", 1][0] == wanted["plain, 2", 1][0] != wanted["plain, 1", 0][0]
@@ -157,7 +103,7 @@ def test_equal_jobs_of_two_experiments_are_one(tmp_path: Path) -> None:
     assert more["same", 1] == names["plain, 2", 1]  # the generator's own steps are 2
     assert not set(more["other", 1]) & {name for each in names.values() for name in each}
     both = runner._jobs([read_experiment(first), read_experiment(other)], Options(data=Path("photos"), classes=CLASSES))
-    assert len(both) == 10 + 4
+    assert len(both) == 14 + 6
     seeds = [job.title[-1] for job in both.values()]
     assert seeds == sorted(seeds)  # every cell once before any again
 
@@ -170,7 +116,8 @@ def test_what_is_common_then_the_cell_then_the_command_line(tmp_path: Path) -> N
     tokenizer, generator = (recipe_of(jobs[name]) for name in wanted["plain, 2", 7])
     assert (tokenizer["optim"]["lr"], tokenizer["train"]["steps"], tokenizer["seed"]) == (0.5, 5, 7)
     assert (generator["optim"]["lr"], generator["train"]["steps"], generator["seed"]) == (0.125, 2, 7)
-    tokenizer, generator = (recipe_of(job) for job in plan(path, seeds=(7,), only=("plain, 1",))[0].values())
+    jobs, wanted = plan(path, seeds=(7,), only=("plain, 1",))
+    tokenizer, generator = (recipe_of(jobs[name]) for name in wanted["plain, 1", 7])
     assert (tokenizer["train"]["steps"], generator["train"]["steps"], generator["optim"]["lr"]) == (3, 1, 0.25)
     jobs, _ = plan(path, overrides=("generator.train.steps=9",))
     assert {recipe_of(job)["train"]["steps"] for name, job in jobs.items() if name.startswith("generators")} == {9}
@@ -241,165 +188,14 @@ def test_plots_have_a_colour_for_each_line() -> None:
     assert [[colour in each for colour in colours[:3]] for each in seen] == [[True, True, False], [True, False, False]]
 
 
-def make_classes(folder: Path) -> None:
-    """Write photographs of two classes, enough for the probe's neighbours."""
-    for part, count in (("train", 11), ("val", 3)):
-        for number, name in enumerate("ab"):
-            (folder / part / name).mkdir(parents=True)
-            for i in range(count):
-                photograph(32, 32, seed=i + 20 * number).save(folder / part / name / f"{i}.png")
-
-
-@pytest.fixture
-def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Return what runs the tiny experiment, with one thread for each job."""
-    write_experiment(tmp_path)
-    make_classes(tmp_path / "data")
-    monkeypatch.chdir(tmp_path)
-    given = ["tiny.yaml", "--data", "data", "--out", "out", "--n", "6", "--features", "timm:test_vit=vit.safetensors"]
-    given += ["--perceptual", "none", "--workers", "0", "--threads", "1", "--jobs", "2"]
-    return lambda *more: runner.main([*given, *more])
-
-
-@pytest.fixture
-def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let jobs pretend, so that their order and their failures are seen at once."""
-    path = tmp_path / "stub.py"
-    path.write_text(STUB)
-    monkeypatch.setattr(workers, "WORK", path)
-    monkeypatch.setattr(workers, "POLL_SECONDS", 0.01)
-
-
-@pytest.mark.usefixtures("stub")
-def test_a_failed_job_is_told_and_does_not_stop_the_others(
-    experiment: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert experiment() == 1
-    said = capsys.readouterr().err.splitlines()
-    assert said[0] == "Tiny: 10 jobs, 0 of them finished"
-    broken = [line for line in said if line.startswith("tiny: tokenizer of broken")]
-    assert ["failed (softvq: it is broken)" in line for line in broken] == [True] * 2
-    why = "needs tiny: tokenizer of broken, 1, seed 1, which failed"
-    assert f"tiny: generator of broken, 1, seed 1: {why}" in said
-    out = tmp_path / "out"
-    results = json.loads((out / "tiny" / "results.json").read_text())
-    assert [(row["cell"], row["seed"]) for row in results["rows"]] == [
-        ("plain, 1", 0), ("plain, 1", 1), ("plain, 2", 0), ("plain, 2", 1),
-    ]  # fmt: skip
-    assert results["failed"]["tiny: generator of broken, 1, seed 1"] == why
-    assert len(results["failed"]) == 4
-    assert "Failed: tiny: tokenizer of broken, 1, seed 0: failed (softvq" in (out / "tiny" / "table.md").read_text()
-    assert all((out / name / "result.json").exists() for row in results["rows"] for name in row["jobs"])
-    (out / "tiny" / "table.md").unlink()
-    assert experiment("--report") == 0  # what failed is not tried again
-    assert "| plain | 2 | 2 |" in (out / "tiny" / "table.md").read_text()
-
-
-@pytest.mark.usefixtures("stub")
-def test_a_worker_goes_on_with_other_jobs_until_one_ends_it(experiment: Callable[..., int], tmp_path: Path) -> None:
-    assert experiment("--jobs", "1") == 1
-    out = tmp_path / "out"
-    logs = sorted(out.rglob("log.txt"), key=lambda path: path.stat().st_mtime_ns)
-    numbers = [int(log.read_text().split()[2]) for log in logs]
-    assert len(numbers) == 8  # two more need the broken ones
-    assert len(set(numbers)) == 2
-    changes = [place for place in range(1, 8) if numbers[place] != numbers[place - 1]]
-    assert len(changes) == 1
-    ended = logs[changes[0] - 1].read_text()
-    assert "it is broken" in ended
-    assert "seed: 0" in (logs[changes[0] - 1].parent / "recipe.yaml").read_text()
-
-
 def test_a_worker_takes_what_it_has_compiled_among_jobs_of_one_seed(tmp_path: Path) -> None:
     axes = {"tokens": {"all": {}, "some": {"model.num_latent_tokens": 2}}}
     jobs = plan(write_experiment(tmp_path, axes=axes, skip=[], plots=[]))[0].values()
     titles = ("tokenizer of all, seed 0", "tokenizer of some, seed 0", "tokenizer of some, seed 1")
     first, second, later = (next(job for job in jobs if job.title == f"tiny: {title}") for title in titles)
     assert first.shape != second.shape == later.shape
-    assert workers._chosen([first, second], set()) is first
-    assert workers._chosen([first, second], {second.shape}) is second
-    assert workers._chosen([first, later], {later.shape}) is first
-
-
-@pytest.mark.usefixtures("stub")
-def test_what_is_finished_is_not_done_again(
-    experiment: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    assert experiment("--only", "plain") == 0
-    dates = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
-    assert len(dates) == 6
-    rows = json.loads((out / "tiny" / "results.json").read_text())["rows"]
-    lost = out / rows[-1]["jobs"][-1] / "result.json"
-    assert (rows[-1]["cell"], rows[-1]["seed"]) == ("plain, 2", 1)
-    lost.unlink()
-    capsys.readouterr()
-    assert experiment("--only", "plain, 2") == 0
-    assert "4 jobs, 3 of them finished" in capsys.readouterr().err
-    assert {path for path in dates if path.stat().st_mtime_ns != dates[path]} == {lost}
-    # cells that were not asked for now are in the table all the same
-    assert len(json.loads((out / "tiny" / "results.json").read_text())["rows"]) == 4
-    assert experiment("optim.lr=0.5", "--only", "plain, 1", "--dry-run") == 0  # another recipe is another result
-    said = capsys.readouterr().err
-    assert "4 jobs, 0 of them finished" in said
-    assert "warning: optim.lr is given for all cells" in said
-
-
-@pytest.mark.slow
-def test_an_experiment_from_end_to_end(experiment: Callable[..., int], tmp_path: Path) -> None:
-    save_file(timm.create_model("test_vit", pretrained=False).state_dict(), tmp_path / "vit.safetensors")
-    assert experiment("--jobs", "1", "--only", "plain, 1") == 0  # the tests above have more cells
-    out = tmp_path / "out"
-    results = json.loads((out / "tiny" / "results.json").read_text())
-    assert [(row["cell"], row["seed"]) for row in results["rows"]] == [("plain, 1", 0), ("plain, 1", 1)]
-    assert results["command"].startswith("python experiments/run.py tiny.yaml --data data")
-    assert {"machine", "torch", "softvq", "network", "question", "expected"} <= set(results)
-    figures = results["rows"][0]["figures"]
-    assert set(FIGURES) - set(figures) == {"reconstruction.st_lpips"}
-    judged = json.loads((out / results["rows"][0]["jobs"][-1] / "generation" / "generation.json").read_text())
-    assert figures["generation.frechet_distance"] == judged["rows"][0]["figures"]["frechet_distance"]
-    assert judged["provenance"]["recipe"]["n"] == 6
-    table = (out / "tiny" / "table.md").read_text()
-    assert "| tokenizer | steps | seeds | PSNR in dB |" in table
-    assert table.count(" ± ") > 10
-    pictures = sorted((out / "tiny").glob("*.png"))
-    assert [path.name for path in pictures] == [
-        "1-generation-frechet-distance.png", "2-reconstruction-psnr.png", "3-probe-linear.png",
-    ]  # fmt: skip
-    for path in pictures:
-        with Image.open(path) as picture:
-            assert picture.size == (960, 480)
-    assert not list(out.rglob("checkpoints"))
-    again = out / results["rows"][1]["jobs"][-1] / "result.json"
-    before = json.loads(again.read_text())["figures"]
-    again.unlink()
-    assert experiment("--only", "plain, 1") == 0  # in a worker that has done nothing before
-    after = json.loads(again.read_text())["figures"]
-    clocks = {"generator.seconds", "generator.images_per_sec"}
-    assert {key: value for key, value in after.items() if key not in clocks} == {
-        key: value for key, value in before.items() if key not in clocks
-    }
-
-
-def test_wrong_arguments_are_told_in_a_sentence(
-    experiment: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert experiment("--only", "nothing") == 2
-    assert experiment("--jobs", "0") == 2
-    (tmp_path / "data" / "val" / "b").rename(tmp_path / "data" / "val" / "c")
-    assert experiment() == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(",")[0] for line in lines[:1]] == ["run.py: --only has 'nothing'"]
-    assert lines[1] == "run.py: --jobs is 0 and --threads 1, expected at least 1 each"
-    assert lines[2].startswith("run.py: data: train and val have different classes or none")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_job_sees_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert workers.placed("cuda:1") == ("cuda", {"CUDA_VISIBLE_DEVICES": "1"})
-    assert workers.placed("cpu") == ("cpu", {})
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert workers.placed("cuda:1") == ("cuda", {"CUDA_VISIBLE_DEVICES": "6"})
-    with pytest.raises(InputError, match="'cuda:2', expected cpu or a GPU there is"):
-        workers.placed("cuda:2")
+    assert workers._chosen([first, second], set(), set()) is first
+    assert workers._chosen([first, second], {second.shape}, {first.shape}) is second
+    assert workers._chosen([first, later], {later.shape}, set()) is first
+    assert workers._chosen([first, second], set(), {first.shape}) is second  # the other worker goes on with it
+    assert workers._chosen([first, second], set(), {first.shape, second.shape}) is first
