@@ -33,6 +33,8 @@ LATENTS = "latents"
 """Folder, in OUT, of the jobs whose latents others share."""
 OWN = "{own}"
 """Stands in commands for the job's folder, which is named after what they do."""
+REFERENCE = "reference"
+"""Folder, in OUT, of what networks see in the training photographs, for all generators."""
 SHOWN = 16
 """Digits of that name."""
 FIGURES = {
@@ -347,6 +349,7 @@ class _Builder:
         train = ["train", "generator", "--config", f"{OWN}/recipe.yaml", "--latents", f"{latents}/cache"]
         sampled = ["--n", str(options.n), "--guidance", f"{settings.guidance:g}", "--seed", str(seed)]
         sampled += ["--features", options.features, "--workers", str(options.workers), "--batch-size", "250"]
+        sampled += ["--keep-features", REFERENCE]
         made = ["evaluate", "generation", f"{OWN}/run/generator", f"{data}/train", "--crop", *sampled]
         commands = [
             [*train, "--run", f"{OWN}/run", *device],

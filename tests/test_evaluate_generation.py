@@ -1,6 +1,7 @@
 """`softvq evaluate generation` from the command line."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from softvq.commands import evaluate_generation
-from softvq.errors import RunError
-from softvq.evaluation.image_sets import open_images, pixel_fingerprint
+from softvq.errors import InputError, RunError
+from softvq.evaluation.image_sets import in_memory, open_images, pixel_fingerprint
+from softvq.evaluation.kept_features import kept_features
 from softvq.evaluation.scores import precision_recall
 from softvq.pipeline import GenerationPipeline
 from tests.generators import make_generator
@@ -231,6 +233,31 @@ def test_adms_statistics_stand_for_the_images_they_are_of(program: Program) -> N
     assert set(figures) == {"frechet_distance", "spatial_frechet_distance", "inception_score", "inception_score_std"}
     assert not Path("numbers/nearest.png").exists()
     assert (DIM, PLACES) == (6, 4)  # of what the statistics are
+
+
+def test_what_is_seen_in_the_reference_is_kept(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, look = list[str](), evaluate_generation._seen
+
+    def watched(arguments: Any, images: Any, label: str, *rest: Any) -> Any:
+        seen.append(label)
+        return look(arguments, images, label, *rest)
+
+    monkeypatch.setattr(evaluate_generation, "_seen", watched)
+    real = shutil.copytree("real", "own", symlinks=False)
+    plain = evaluate(program, "fake", real)
+    keep = ("--keep-features", "kept")
+    made, again = (evaluate(program, "fake", real, *keep, out=out) for out in ("made", "again"))
+    assert seen == ["reference", "samples", "reference", "samples", "samples"]
+    assert plain == made == again  # to the last digit
+    seen.clear()
+    assert evaluate(program, "alike.npz", real, *keep, out="alike")["rows"][0]["figures"]["frechet_distance"] < 1e-3
+    photograph = next(Path(real).rglob("*.png"))
+    os.utime(photograph, ns=(1, 1))
+    evaluate(program, "fake", real, *keep, out="touched")
+    evaluate(program, "fake", real, *keep, "--crop", out="cropped")
+    assert seen == ["samples", "reference", "samples", "reference", "samples"]
+    with pytest.raises(InputError, match="leave --keep-features out"):
+        kept_features(in_memory(pictures(3), "those"), [network()], Path("kept"), list)
 
 
 def test_photographs_are_cropped_where_asked(program: Program) -> None:

@@ -86,6 +86,9 @@ def _add_generation(kinds: Commands) -> None:
     command.add_argument(
         "--validation", metavar="SET", help="photographs whose own figures stand beside, the 1.0 of the scale"
     )
+    command.add_argument(
+        "--keep-features", metavar="DIR", help="keep there what is seen in REFERENCE, and look no more where it is kept"
+    )
     command.add_argument("--size", type=positive, metavar="N", help="side of the images (default: that of SAMPLES)")
     command.add_argument("--crop", action="store_true", help="centre-crop photographs to that size, as ADM does")
     _add_sets(command, "generation-report", PROTOCOLS)

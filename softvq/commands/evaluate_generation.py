@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from softvq.evaluation.generation import (
 )
 from softvq.evaluation.generation_report import generation_page, nearest_picture
 from softvq.evaluation.image_sets import ImageBatch, ImageSet, open_images, picked
+from softvq.evaluation.kept_features import kept_features
 from softvq.evaluation.probing import evenly
 from softvq.evaluation.protocols import (
     PROTOCOLS,
@@ -185,7 +187,14 @@ def _validation(
 def _seen_reference(
     arguments: argparse.Namespace, reference: _Reference, networks: Sequence[Extractor]
 ) -> list[SetFeatures]:
-    seen = None if reference.images is None else _seen(arguments, reference.images, "reference", networks)
+    seen, images = None, reference.images
+    if images is not None and arguments.keep_features is not None:
+        if world_size() > 1:
+            raise InputError(f"--keep-features is for one process, but there are {world_size()}; leave it out")
+        look = functools.partial(_seen, arguments, images, "reference", networks)
+        seen = kept_features(images, networks, Path(arguments.keep_features), look)
+    elif images is not None:
+        seen = _seen(arguments, images, "reference", networks)
     if reference.statistics is None:
         assert seen is not None
         return seen
