@@ -24,8 +24,6 @@ from softvq.cli import main as softvq
 from softvq.files import write_json
 
 DEVICE = "{device}"
-STOPPED = 75
-"""Exit code of a command that a signal ended and that has saved."""
 VARIANTS = 1 << 16
 """Ways in which a function may be compiled: jobs have many shapes, and one too many would run it as it is."""
 SEED = 0
@@ -142,8 +140,8 @@ def carried_out(folder: Path, device: str) -> int:
             return 1
 
 
-def main(device: str) -> int:
-    """Carry out the jobs that standard input names; return the exit code of one that a signal ended, else 0."""
+def main(device: str) -> None:
+    """Carry out the jobs that standard input names, until it ends."""
     # away from where a job, or what it starts, would read a name or print something that were taken for an answer
     names, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     with open(os.devnull) as nothing:
@@ -155,10 +153,7 @@ def main(device: str) -> int:
     for line in names:
         code = carried_out(Path(line.strip()), device)
         print(json.dumps({"code": code}), file=answers, flush=True)
-        if code == STOPPED:
-            return code
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1]))
+    main(sys.argv[1])
