@@ -146,7 +146,7 @@ def a_picture_appears_step_by_step(page: Browser) -> None:
     """)
     set_to(page, "g-steps", 3)
     page.run("document.getElementById('g-go').click()")
-    page.wait("document.getElementById('g-caption').textContent.includes('seed 0, 3 steps')")
+    page.wait("document.getElementById('g-caption').textContent.includes('seed 1, 3 steps')")
     seen = page.run("window.seen")
     assert seen[0] == "Waiting for the first step"
     assert "Step 3 of 3" in seen
