@@ -119,6 +119,7 @@ def test_what_is_common_then_the_cell_then_the_command_line(tmp_path: Path) -> N
     jobs, wanted = plan(path, seeds=(7,), only=("plain, 1",))
     tokenizer, generator = (recipe_of(jobs[name]) for name in wanted["plain, 1", 7])
     assert (tokenizer["train"]["steps"], generator["train"]["steps"], generator["optim"]["lr"]) == (3, 1, 0.25)
+    assert set(plan(path, workers=7)[0]) == set(plan(path)[0])  # what reads changes no result
     jobs, _ = plan(path, overrides=("generator.train.steps=9",))
     assert {recipe_of(job)["train"]["steps"] for name, job in jobs.items() if name.startswith("generators")} == {9}
 
