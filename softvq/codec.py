@@ -208,7 +208,7 @@ def _stream() -> Any:
     try:
         import constriction
     except ImportError as error:
-        raise InputError("the codec needs constriction; run: pip install '.[codec]'") from error
+        raise InputError("the codec needs constriction; run: pip install 'softvq[codec]'") from error
     library: Any = constriction  # whose submodules no type checker sees
     return library.stream
 

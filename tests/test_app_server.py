@@ -261,4 +261,4 @@ def test_the_command_refuses_before_it_loads(capsys: pytest.CaptureFixture[str],
 
 def test_the_command_names_what_to_install(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    Program(capsys).refuses("app", names=("starlette and uvicorn", "pip install '.[serve]'"))
+    Program(capsys).refuses("app", names=("starlette and uvicorn", "pip install 'softvq[serve]'"))

@@ -277,5 +277,5 @@ def test_the_extra_is_named(tokenizer: ImageTokenizer, monkeypatch: pytest.Monke
         return load(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(InputError, match=r"the codec needs constriction; run: pip install '\.\[codec\]'"):
+    with pytest.raises(InputError, match=r"the codec needs constriction; run: pip install 'softvq\[codec\]'"):
         compress(tokenizer, photograph(32, 32))

@@ -1,4 +1,4 @@
-"""Curves of time and memory: what is timed, what stands beside it, and one picture."""
+"""softvq compare: curves where the logs have their values, and a table of their ends."""
 
 import json
 from pathlib import Path
@@ -6,66 +6,64 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import curves
-from softvq.arguments.speed import STANDARD
-from softvq.generators.generator import LatentGenerator
-from softvq.generators.presets import generator_preset
+from softvq.commands import curves
+from tests.program import Program
 
 
-@pytest.mark.parametrize("tiny", [True, False])
-def test_every_line_is_one_that_softvq_bench_knows(tiny: bool) -> None:
-    found = curves.curves(tiny)
-    assert [curve.name for curve in found] == ["tokens", "batch", "model", "encode", "decode"]
-    options = {word for lines in STANDARD.values() for line in lines for word in line.split() if word.startswith("--")}
-    for curve in found:
-        assert list(curve.places) == sorted(curve.places)
-        for line in curve.places.values():
-            words = line.split()
-            assert words[0] in ("sample", "encode", "decode")
-            assert {word for word in words if word.startswith("--")} <= options
+def make_run(folder: Path, values: list[float], **more: float) -> Path:
+    folder.mkdir(parents=True)
+    lines = [{"step": 10 * (i + 1), "loss": value, **more, "clock": {"time": 5.0}} for i, value in enumerate(values)]
+    lines.append({"step": 10 * len(values), "samples": {"psnr": 20.0}})
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
 
 
-def test_weights_are_those_of_the_network_alone() -> None:
-    network = LatentGenerator(generator_preset("sit-s", num_tokens=16, latent_dim=32))
-    count = sum(parameter.numel() for parameter in network.parameters())
-    assert curves.weight_bytes("sample --generator sit-s --tokens 16 --dim 32", 2) == 2 * count
+@pytest.fixture
+def program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
+    monkeypatch.chdir(tmp_path)
+    return Program(capsys)
 
 
-def report(seconds: float, memory: int) -> str:
-    row = {
-        "job": "step", "model": "sit-s, 16 tokens", "batch": 1, "seconds": seconds, "low": seconds * 0.9,
-        "high": seconds * 1.1, "images_per_sec": 1.0, "flops": 2_000_000_000, "memory": memory, "precision": "float32",
-        "compiled": False, "note": "",
-    }  # fmt: skip
-    about = {"machine": "a machine", "torch": "2", "softvq": "0", "peak_flops": 1e12, "copy_bytes": 1e9}
-    return json.dumps({**about, "rows": [row]})
+def test_curves_lie_over_one_another(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = make_run(tmp_path / "one", [4.0, 2.0, 1.0]), make_run(tmp_path / "two", [3.0, 1.5], lr=0.1)
+    drawn = []
+    real = curves.line_chart
+    monkeypatch.setattr(curves, "line_chart", lambda series, **o: drawn.append((series, o["up"])) or real(series, **o))
+    done = program("compare", one, two)
+    assert done.code == 0, done.err
+    assert drawn == [
+        ({"one": [(10, 4.0), (20, 2.0), (30, 1.0)], "two": [(10, 3.0), (20, 1.5)]}, "loss"),
+        ({"one": [(30, 20.0)], "two": [(20, 20.0)]}, "psnr"),
+    ]
+    cells = [[cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in done.out.splitlines()]
+    assert ["last value", "one", "two"] in cells
+    assert ["step", "30", "20"] in cells
+    assert ["loss", "1", "1.5"] in cells
+    with Image.open("compare.png") as picture:
+        assert picture.height == 2 * real({"a": [(0.0, 0.0)]}, across="", up="").height
+    assert program("compare", one, two).code == 2  # it is already there
+    done = program("compare", one, two, "--overwrite", "--keys", "lr", "--smooth", "2")
+    assert done.code == 0
+    assert drawn[-1] == ({"two": [(10, 0.1), (20, 0.1)]}, "lr")
 
 
-def test_what_is_there_is_drawn_without_measuring_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[list[str]] = []
-    monkeypatch.setattr(curves, "softvq", lambda arguments: called.append(arguments) or 3)
-    for place in (1, 2):
-        (tmp_path / f"batch-{place}.json").write_text(report(0.01 * place, 0))
-    assert curves.main([str(tmp_path), "--tiny", "--only", "batch"]) == 0
-    assert called == []
-    with Image.open(tmp_path / "batch-time.png") as picture:
-        assert picture.size == (960, 480)
-    assert not (tmp_path / "batch-memory.png").exists()  # it was not known
-    (tmp_path / "batch-2.json").unlink()
-    assert curves.main([str(tmp_path), "--tiny", "--only", "batch"]) == 3
-    assert called[0][:2] == ["bench", "sample"]
-    assert called[0][-2:] == ["--out", str(tmp_path / "batch-2.json")]
+def test_curves_are_averaged_over_what_came_before_and_thinned_out() -> None:
+    assert curves._smoothed([(1.0, 4.0), (2.0, 2.0), (3.0, 0.0)], 2) == [(1, 4.0), (2, 3.0), (3, 1.0)]
+    long = curves._smoothed([(float(i), float(i)) for i in range(5001)], 1)
+    assert len(long) <= curves.MOST_POINTS + 1
+    assert (long[0], long[-1]) == ((0, 0), (5000, 5000))
 
 
-def test_lines_are_what_was_measured_and_what_arithmetic_says(tmp_path: Path) -> None:
-    tokens = curves.curves(tiny=True)[0]
-    (tmp_path / "one.json").write_text(report(0.02, 3 << 30))
-    found = curves.series(
-        tokens, {16: curves.from_dict(curves.BenchReport, json.loads((tmp_path / "one.json").read_text()), "one")}
-    )
-    (measured,), (floor,) = found["time"]["measured"], found["time"]["matrix products alone"]
-    assert (measured.x, measured.y, measured.half) == (16, pytest.approx(20), pytest.approx(2))
-    assert floor.y == pytest.approx(2.0)  # 2e9 operations at 1e12 a second
-    assert found["memory"]["measured"][0].y == pytest.approx(3)
-    expected = curves.weight_bytes("sample --generator sit-s --tokens 16 --dim 32", 4) / 2**30
-    assert found["memory"]["weights alone"][0].y == pytest.approx(expected)
+def test_what_cannot_be_compared_is_told(program: Program, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "one", [1.0])
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/log.jsonl").write_text("")
+    for given, said in (
+        ((run, run), "the same run is named twice"),
+        ((run, tmp_path / "none"), "there is no such file"),
+        ((run, tmp_path / "new"), "has no figures yet"),
+        ((run, "--keys", "x"), "--keys has x, expected some of loss, psnr"),
+    ):
+        done = program("compare", *given)
+        assert done.code == 2
+        assert said in done.err

@@ -167,6 +167,13 @@ def test_mistakes_are_told_in_a_sentence(changes: dict[str, Any], message: str, 
         plan(path)
 
 
+def test_only_names_what_there_is(tmp_path: Path) -> None:
+    experiment = read_experiment(write_experiment(tmp_path))
+    options = Options(data=Path("photos"), classes=CLASSES, only=("nothing",))
+    with pytest.raises(InputError, match="--only has 'nothing', expected one of plain, 1; plain, 2"):
+        runner._jobs([experiment], options)
+
+
 def test_means_have_student_intervals() -> None:
     levels, values = {"a": "x"}, (1.0, 2.0, 4.5)
     rows = [

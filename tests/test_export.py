@@ -177,7 +177,7 @@ def test_the_extra_is_named(tokenizer: ImageTokenizer, tmp_path: Path, monkeypat
         raise ImportError(name)
 
     monkeypatch.setattr(files.importlib, "import_module", without)
-    with pytest.raises(InputError, match=r"ONNX needs onnx; run: pip install '\.\[export\]'"):
+    with pytest.raises(InputError, match=r"ONNX needs onnx; run: pip install 'softvq\[export\]'"):
         write_part(encoder_part(tokenizer), tmp_path / "x.onnx", "onnx")
 
 

@@ -143,7 +143,7 @@ def test_a_table_cannot_name_files_of_this_machine(made: Path) -> None:
 
 def test_without_datasets_the_extra_is_named(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(InputError, match=r"needs datasets, which is not installed; pip install '\.\[data\]'"):
+    with pytest.raises(InputError, match=r"needs datasets, which is not installed; pip install 'softvq\[data\]'"):
         open_source(f"hf:{made}/disk")
 
 

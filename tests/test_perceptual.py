@@ -297,7 +297,7 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
-    with pytest.raises(InputError, match=r"stlpips-pytorch.*pip install '\.\[train\]'"):
+    with pytest.raises(InputError, match=r"stlpips-pytorch.*pip install 'softvq\[train\]'"):
         load_perceptual()
 
 

@@ -37,7 +37,7 @@ def test_what_it_refuses(program: Program, tmp_path: Path) -> None:
 
 def test_a_missing_package_is_named(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("softvq.commands.serve.NEEDED", ("fastapi", "no_such_package"))
-    program.refuses("serve", "--tokenizer", "x", names=("no_such_package", "pip install '.[serve]'"))
+    program.refuses("serve", "--tokenizer", "x", names=("no_such_package", "pip install 'softvq[serve]'"))
 
 
 @pytest.fixture

@@ -96,5 +96,5 @@ def test_what_hangs_is_not_waited_for(fake: Fake, tmp_path: Path, monkeypatch: p
 def test_what_is_not_installed_is_told_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
     config = family.recipe(family.SOFT, trackers=["wandb"])
-    with pytest.raises(InputError, match=r"wandb, which is not installed; run: pip install '\.\[trackers\]'"):
+    with pytest.raises(InputError, match=r"wandb, which is not installed; run: pip install 'softvq\[trackers\]'"):
         family.trainer(config, tmp_path)

@@ -22,7 +22,7 @@ def app(arguments: argparse.Namespace) -> None:
     """Serve a page that shows models at work, until it is stopped."""
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"the app needs {' and '.join(missing)}; run: pip install '.[serve]'")
+        raise InputError(f"the app needs {' and '.join(missing)}; run: pip install 'softvq[serve]'")
     from softvq.app import server
     from softvq.serving.server import address_of, listen
 

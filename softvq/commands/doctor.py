@@ -78,7 +78,7 @@ def _machine() -> Iterator[tuple[str, str]]:
 def _optional() -> Iterator[tuple[str, str, str]]:
     for module, extra, gives in EXTRAS:
         is_here = importlib.util.find_spec(module) is not None
-        yield module, gives, "installed" if is_here else f"missing: pip install '.[{extra}]'"
+        yield module, gives, "installed" if is_here else f"missing: pip install 'softvq[{extra}]'"
     compiler = _compiler()
     yield "C++ compiler", "torch.compile on the CPU", compiler or "missing: install g++ or clang++"
     if torch.cuda.is_available():

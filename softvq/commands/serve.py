@@ -17,7 +17,7 @@ def serve(arguments: argparse.Namespace) -> None:
     """Load models and answer requests until SIGTERM or SIGINT."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"softvq serve needs {', '.join(missing)}; pip install '.[serve]'")
+        raise InputError(f"softvq serve needs {', '.join(missing)}; pip install 'softvq[serve]'")
     from softvq.serving.app import create_app
     from softvq.serving.keys import is_loopback, read_api_keys
     from softvq.serving.limits import Limits

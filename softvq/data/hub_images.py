@@ -87,7 +87,7 @@ def _table(where: str, name: str, split: str | None) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise InputError(f"{where}: needs datasets, which is not installed; pip install '.[data]'") from error
+        raise InputError(f"{where}: needs datasets, which is not installed; pip install 'softvq[data]'") from error
     path = Path(name)
     files = _parquet(path, split)
     try:

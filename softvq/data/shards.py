@@ -340,7 +340,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
     except ImportError as error:
-        raise InputError(f"{url}: needs fsspec, which is not installed; pip install '.[data]'") from error
+        raise InputError(f"{url}: needs fsspec, which is not installed; pip install 'softvq[data]'") from error
     try:
         return url_to_fs(url)
     except ImportError as error:  # of the package for this kind of server, which the message names

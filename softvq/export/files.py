@@ -193,7 +193,7 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f"ONNX needs {name}; run: pip install '.[export]'") from error
+        raise InputError(f"ONNX needs {name}; run: pip install 'softvq[export]'") from error
 
 
 def _compare(part: Part, run: Run, precision: str) -> Check:

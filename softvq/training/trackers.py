@@ -38,7 +38,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise InputError(f"train.trackers has {name}, which is not installed; run: pip install '.[trackers]'")
+            raise InputError(f"train.trackers has {name}, which is not installed; run: pip install 'softvq[trackers]'")
 
 
 class Tracker:
